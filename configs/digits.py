@@ -1,0 +1,33 @@
+"""scikit-learn's 8x8 digits, embedded: a small DDPM on a laptop's processor.
+
+    python main.py --config=configs/digits.py
+"""
+
+from ml_collections import ConfigDict
+
+from ddpm.config import default
+
+
+def get_config() -> ConfigDict:
+    """The config."""
+    config = default()
+    config.data.update(name="digits", flip=False)
+    config.model.update(
+        channels=32,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(4,),
+        dropout=0.0,
+        num_groups=8,
+    )
+    config.training.update(
+        steps=6000,
+        batch_size=128,
+        learning_rate=1e-3,
+        warmup_steps=200,
+        ema_decay=0.995,
+        log_every=200,
+        sample_every=2000,
+        checkpoint_every=1000,
+    )
+    return config

@@ -1,0 +1,40 @@
+"""Denoising diffusion probabilistic models in JAX: the mathematics as pure functions.
+
+schedule = ddpm.schedules.linear(1000)
+x_t = ddpm.q_sample(schedule, x_0, t, eps)
+"""
+
+from ddpm.diffusion import gaussian, likelihood, losses, predictions, schedules, timesteps
+from ddpm.diffusion.gaussian import Gaussian, fixed_large, fixed_small, q_posterior, q_sample
+from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser
+from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.models.unet import UNet
+from ddpm.sampling.sample import Chain, sample, sample_chain, sample_keys
+from ddpm.sampling.samplers import Sampler, ancestral, ddim
+
+__all__ = [
+    "Chain",
+    "Denoiser",
+    "Gaussian",
+    "NoiseSchedule",
+    "Prediction",
+    "Sampler",
+    "UNet",
+    "ancestral",
+    "clipped",
+    "ddim",
+    "denoiser",
+    "fixed_large",
+    "fixed_small",
+    "gaussian",
+    "likelihood",
+    "losses",
+    "predictions",
+    "q_posterior",
+    "q_sample",
+    "sample",
+    "sample_chain",
+    "sample_keys",
+    "schedules",
+    "timesteps",
+]

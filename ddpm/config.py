@@ -1,0 +1,187 @@
+"""The config: its keys with the paper's CIFAR-10 values, and the check of any config at start.
+
+A config file returns `default()` with a few lines changed; whatever is allowed stands here.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ddpm.errors import InputError
+
+CHOICES = {
+    "diffusion.schedule": (
+        "linear",
+        "quadratic",
+        "constant",
+        "jsd",
+        "warmup10",
+        "warmup50",
+        "cosine",
+        "sigmoid",
+        "betas",
+    ),
+    "data.broken_images": ("error", "skip"),
+    "sampling.sampler": ("ancestral", "ddim"),
+    "sampling.variance": ("fixed_large", "fixed_small"),
+}
+
+
+def default() -> ConfigDict:
+    """Every key there is, with the paper's values for CIFAR-10."""
+    config = ConfigDict()
+    config.seed = 0
+
+    config.data = ConfigDict()
+    config.data.name = "cifar10"  # 'digits', 'folder', 'npz', or any image set of tfds
+    config.data.path = ""  # of the folder, the .npz, or tfds' data_dir ('': its own default)
+    config.data.split = ""  # '': 'train' where the set has splits
+    config.data.image_size = ()  # (height, width) to crop and resize to; (): as they are
+    config.data.channels = 3  # 1 or 3, for 'folder'
+    config.data.flip = True  # random horizontal flips, in training
+    config.data.broken_images = "error"  # or 'skip', for 'folder'
+
+    config.model = ConfigDict()
+    config.model.channels = 128
+    config.model.channel_multipliers = (1, 2, 2, 2)
+    config.model.num_res_blocks = 2
+    config.model.attention_resolutions = (16,)
+    config.model.dropout = 0.1
+    config.model.num_groups = 32
+
+    config.diffusion = ConfigDict()
+    config.diffusion.schedule = "linear"
+    config.diffusion.num_steps = 1000  # T
+    config.diffusion.beta_start = 1e-4
+    config.diffusion.beta_end = 0.02
+    config.diffusion.betas = ()  # for schedule 'betas': beta_1, .., beta_T
+
+    config.training = ConfigDict()
+    config.training.steps = 800_000
+    config.training.batch_size = 128  # over all devices together
+    config.training.learning_rate = 2e-4
+    config.training.warmup_steps = 5000
+    config.training.grad_clip = 1.0  # norm of the whole gradient; 0: not clipped
+    config.training.ema_decay = 0.9999
+    config.training.log_every = 100
+    config.training.sample_every = 50_000  # a grid of samples; 0: at the end only
+    config.training.checkpoint_every = 5000
+    config.training.checkpoints_kept = 2
+
+    config.sampling = ConfigDict()
+    config.sampling.sampler = "ancestral"
+    config.sampling.variance = "fixed_large"
+    config.sampling.eta = 0.0  # of ddim
+    config.sampling.steps = 0  # 0: all T
+    config.sampling.clip = True  # x_0 to [-1, 1] at every step
+    config.sampling.ema = True  # the averaged weights, not the last ones
+    config.sampling.num_samples = 64
+    config.sampling.batch_size = 64
+    config.sampling.seed = 0
+    return config
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Raises InputError at the first unknown key or value that is not allowed."""
+    known, given = flatten(default()), flatten(config)
+    for key in given:
+        if key not in known:
+            raise InputError(f"config.{key}: there is no such key{nearest(key, known)}")
+    for key, example in known.items():
+        if key not in given:
+            raise InputError(f"config.{key} is missing: start from ddpm.config.default()")
+        _check_type(key, given[key], example)
+    for key, allowed in CHOICES.items():
+        if given[key] not in allowed:
+            raise InputError(
+                f"config.{key} = {given[key]!r}: must be one of {', '.join(allowed)}"
+                f"{nearest(given[key], allowed)}"
+            )
+    for key, (holds, rule) in _RULES.items():
+        if not holds(given[key]):
+            raise InputError(f"config.{key} = {given[key]!r}: must be {rule}")
+    d, s = config["diffusion"], config["sampling"]
+    if (d["schedule"] == "betas") != bool(d["betas"]):
+        raise InputError("config.diffusion.betas goes with schedule 'betas', and only with it")
+    num_steps = len(d["betas"]) or d["num_steps"]
+    if s["steps"] > num_steps:
+        raise InputError(f"config.sampling.steps = {s['steps']}: must be at most T = {num_steps}")
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} as {'a.b': 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """As JSON would give it back: tuples as lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def nearest(word: Any, possible: Any) -> str:
+    """'; did you mean ..?' where one of the possible words is near, else ''."""
+    close = difflib.get_close_matches(str(word), list(possible), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_type(key: str, value: Any, example: Any) -> None:
+    allowed: Any = type(example)
+    if allowed is float:
+        allowed = (int, float)
+    elif allowed is tuple:
+        allowed = (tuple, list)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and not isinstance(example, bool)):
+        raise InputError(f"config.{key} = {value!r}: must be of type {type(example).__name__}")
+
+
+def _whole(least: int) -> tuple[Any, str]:
+    return lambda v: v >= least, f"a whole number >= {least}"
+
+
+def _sizes(v: Any) -> bool:
+    return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in v)
+
+
+_POSITIVE = (lambda v: 0 < v < float("inf"), "a number > 0")
+_FRACTION = (lambda v: 0 <= v < 1, "in [0, 1)")
+_RULES: dict[str, tuple[Any, str]] = {
+    "seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
+    "data.channels": (lambda v: v in (1, 3), "1 or 3"),
+    "data.image_size": (
+        lambda v: len(v) in (0, 2) and _sizes(v),
+        "() or (height, width)",
+    ),
+    "model.channels": (lambda v: v >= 4 and v % 2 == 0, "an even number >= 4"),
+    "model.channel_multipliers": (lambda v: v and _sizes(v), "a tuple of whole numbers > 0"),
+    "model.num_res_blocks": _whole(1),
+    "model.attention_resolutions": (_sizes, "a tuple of whole numbers > 0"),
+    "model.dropout": _FRACTION,
+    "model.num_groups": _whole(1),
+    "diffusion.num_steps": _whole(1),
+    "diffusion.beta_start": (lambda v: 0 < v < 1, "in (0, 1)"),
+    "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),
+    "training.steps": _whole(1),
+    "training.batch_size": _whole(1),
+    "training.learning_rate": _POSITIVE,
+    "training.warmup_steps": _whole(0),
+    "training.grad_clip": (lambda v: 0 <= v < float("inf"), "a number >= 0"),
+    "training.ema_decay": _FRACTION,
+    "training.log_every": _whole(1),
+    "training.sample_every": _whole(0),
+    "training.checkpoint_every": _whole(1),
+    "training.checkpoints_kept": _whole(1),
+    "sampling.eta": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "sampling.steps": _whole(0),
+    "sampling.num_samples": _whole(1),
+    "sampling.batch_size": _whole(1),
+    "sampling.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
+}

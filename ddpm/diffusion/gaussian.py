@@ -1,0 +1,172 @@
+"""The forward process and its posterior, in closed form, and the two Gaussian formulas of the bound.
+
+Shapes: x is [B, ...], t is int[B] (or a scalar for the whole batch). Time is the paper's: t = 1..T,
+and t = 0 is the data.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ddpm.diffusion.schedules import NoiseSchedule, Transition
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian; the variances broadcast against the mean."""
+
+    mean: jax.Array
+    variance: jax.Array
+    log_variance: jax.Array
+
+
+def lift(coefficient: jax.Array, x: jax.Array) -> jax.Array:
+    """A per-example coefficient [B] as [B, 1, ...], to multiply x [B, ...]; a scalar stays one."""
+    coefficient = jnp.asarray(coefficient)
+    if coefficient.ndim > 1 or (coefficient.ndim and coefficient.shape[0] != x.shape[0]):
+        raise ValueError(f"expected a scalar or one value per example of {x.shape}, got {coefficient.shape}")
+    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim) * coefficient.ndim)
+
+
+def same_shape(**arrays: jax.Array) -> None:
+    """Raises ValueError unless all the arrays, given by name, have one shape: nothing broadcasts."""
+    shapes = {name: jnp.shape(array) for name, array in arrays.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError("shapes must be equal: " + ", ".join(f"{n} {s}" for n, s in shapes.items()))
+
+
+def q_sample(schedule: NoiseSchedule, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Eq. 4); x_0 itself at t = 0."""
+    same_shape(x_0=x_0, eps=eps)
+    level = schedule.at(t)
+    return lift(level.alpha, x_0) * x_0 + lift(level.sigma, x_0) * eps
+
+
+def posterior_coefficients(step: Transition) -> tuple[jax.Array, jax.Array]:
+    """Of x_0 and of x_t in the mean of q(x_s | x_t, x_0) (Eq. 7, any s < t); (1, 0) for s = 0."""
+    of_x_0 = step.s.alpha * step.snr_loss
+    of_x_t = step.s.sigma_squared / step.t.sigma_squared * (step.t.alpha / step.s.alpha)
+    return of_x_0, of_x_t
+
+
+def q_posterior(
+    schedule: NoiseSchedule,
+    x_0: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+    *,
+    s: jax.Array | None = None,
+) -> Gaussian:
+    """q(x_s | x_t, x_0) for s < t; s is t - 1 if left out (Eqs. 6 and 7).
+
+    At s = 0 the variance is 0 and the log-variance that of `fixed_small`, which is finite.
+    """
+    same_shape(x_0=x_0, x_t=x_t)
+    t = jnp.asarray(t)
+    s = t - 1 if s is None else jnp.asarray(s)
+    step = schedule.between(s, t)
+    of_x_0, of_x_t = posterior_coefficients(step)
+    return Gaussian(
+        mean=lift(of_x_0, x_0) * x_0 + lift(of_x_t, x_t) * x_t,
+        variance=lift(step.posterior_variance, x_0),
+        log_variance=lift(fixed_small(schedule, t, s=s), x_0),
+    )
+
+
+def fixed_small(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = None) -> jax.Array:
+    """Log of the reverse variance beta-tilde, that of q(x_s | x_t, x_0); in the shape of t.
+
+    Optimal for x_0 a single point (Section 3.2). At s = 0, where it would be log 0, it is the one of
+    the step before in a chain of equal strides, from 2t to t (the authors clip so: at t = 1 it is
+    log beta-tilde_2). A chain of a single step has none before: there it is log sigma_t^2.
+    """
+    t = jnp.asarray(t)
+    s = t - 1 if s is None else jnp.asarray(s)
+    first = s == 0
+    last = schedule.num_steps
+    step = schedule.between(jnp.where(first, t, s), jnp.where(first, jnp.minimum(2 * t, last), t))
+    alone = first & (t == last)
+    log_variance = step.s.log_sigma_squared + jnp.log(jnp.where(alone, 1.0, step.snr_loss))
+    return log_variance
+
+
+def fixed_large(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = None) -> jax.Array:
+    """Log of the reverse variance beta_{t|s}, optimal for x_0 ~ N(0, I) (Section 3.2).
+
+    In the shape of t. At s = 0 it is that of `fixed_small`, as in the authors' code.
+    """
+    t = jnp.asarray(t)
+    s = t - 1 if s is None else jnp.asarray(s)
+    step = schedule.between(s, t)
+    large = step.t.log_sigma_squared + jnp.log(step.snr_loss)
+    return jnp.where(s == 0, fixed_small(schedule, t, s=s), large)
+
+
+def normal_kl(
+    mean_1: jax.Array, log_variance_1: jax.Array, mean_2: jax.Array, log_variance_2: jax.Array
+) -> jax.Array:
+    """KL(N(mean_1, e^log_variance_1) || N(mean_2, e^log_variance_2)) in nats, elementwise >= 0."""
+    d = jnp.asarray(log_variance_1 - log_variance_2)
+    return 0.5 * (_expm1_minus(d) + (mean_1 - mean_2) ** 2 * jnp.exp(-log_variance_2))
+
+
+def _expm1_minus(d: jax.Array) -> jax.Array:
+    """e^d - 1 - d, without the cancellation near 0 (where it is d^2/2)."""
+    small = jnp.abs(d) < 0.5
+    near = jnp.where(small, d, 0.0)
+    series = jnp.ones_like(near)
+    for n in range(9, 2, -1):
+        series = 1 + near / n * series
+    return jnp.where(small, near**2 / 2 * series, jnp.expm1(d) - d)
+
+
+def decoder_log_likelihood(
+    x_0: jax.Array, mean: jax.Array, log_variance: jax.Array, *, floor: float = 1e-12
+) -> jax.Array:
+    """Log-probability of 8-bit data under N(mean, e^log_variance) cut into bins (Eq. 13).
+
+    Args:
+      x_0: the data, k/127.5 - 1 for k in 0..255. Each bin is 2/255 wide, with the data point in its
+        middle; the first reaches to -inf and the last to +inf.
+      mean, log_variance: of the Gaussian, broadcastable against x_0.
+      floor: the least probability counted; 1e-12 is the authors'. 0 for the exact value.
+
+    Returns:
+      Nats, elementwise, in the shape of x_0.
+    """
+    half = 1 / 255
+    inverse_std = jnp.exp(-0.5 * log_variance)
+    centred = x_0 - mean
+    upper = (centred + half) * inverse_std
+    lower = (centred - half) * inverse_std
+    width = 2 * half * inverse_std
+    log_probability = jnp.where(
+        x_0 < -1 + half,
+        jax.scipy.special.log_ndtr(upper),
+        jnp.where(
+            x_0 > 1 - half,
+            jax.scipy.special.log_ndtr(-lower),
+            _log_ndtr_difference(centred * inverse_std, lower, upper, width),
+        ),
+    )
+    return jnp.maximum(log_probability, jnp.log(floor)) if floor else log_probability
+
+
+def _log_ndtr_difference(
+    middle: jax.Array, lower: jax.Array, upper: jax.Array, width: jax.Array
+) -> jax.Array:
+    """log(Phi(upper) - Phi(lower)), precise in both tails and for narrow bins."""
+    # In the left tail, where log Phi is precise; the difference is symmetric.
+    right = middle > 0
+    high, low = jnp.where(right, -lower, upper), jnp.where(right, -upper, lower)
+    log_high = jax.scipy.special.log_ndtr(high)
+    gap = jax.scipy.special.log_ndtr(low) - log_high
+    # A bin narrow against its Gaussian: the two CDFs nearly cancel, so integrate the density by
+    # the midpoint rule with its next two corrections instead.
+    narrow = width * jnp.maximum(1.0, jnp.abs(middle)) < 0.3
+    gap = jnp.where(narrow, -1.0, gap)
+    m2 = jnp.where(narrow, middle, 0.0) ** 2
+    w2 = jnp.where(narrow, width, 0.0) ** 2
+    correction = w2 / 24 * (m2 - 1) + w2**2 / 1920 * (m2**2 - 6 * m2 + 3)
+    midpoint = jnp.log(width) - 0.5 * (m2 + jnp.log(2 * jnp.pi)) + jnp.log1p(correction)
+    return jnp.where(narrow, midpoint, log_high + jnp.log1p(-jnp.exp(gap)))

@@ -1,0 +1,128 @@
+"""What a network's output means: eps, x_0, v, score or posterior mean, and how each gives the others.
+
+All follow from x_t = alpha_t x_0 + sigma_t eps (Eq. 4). A **denoiser** is what joins a network to
+the mathematics: a function (x_t [B, ...], t int[B]) -> Prediction. Samplers, losses and
+likelihoods take denoisers, so they run as well on an exact, closed-form one.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ddpm.diffusion.gaussian import lift, posterior_coefficients, same_shape
+from ddpm.diffusion.schedules import NoiseSchedule
+
+
+class Prediction(NamedTuple):
+    """What a denoiser says of x_t: the expected x_0 and eps, two views of one thing.
+
+    `log_variance` is the reverse variance, in the shape of x_0, where the model learns it.
+    """
+
+    x_0: jax.Array
+    eps: jax.Array
+    log_variance: jax.Array | None = None
+
+
+Denoiser = Callable[[jax.Array, jax.Array], Prediction]
+Network = Callable[[jax.Array, jax.Array], jax.Array]
+Reading = Callable[[NoiseSchedule, jax.Array, jax.Array, jax.Array], Prediction]
+
+
+def denoiser(schedule: NoiseSchedule, network: Network, reading: Reading | None = None) -> Denoiser:
+    """The denoiser of a network (x_t, t) -> array of x_t's shape, its parameters closed over.
+
+    `reading` says what the array means: `from_eps` (the paper's, and the default), `from_x_0`, ...
+    """
+    reading = reading or from_eps
+
+    def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
+        return reading(schedule, x_t, t, network(x_t, t))
+
+    return denoise
+
+
+def clipped(
+    schedule: NoiseSchedule, denoise: Denoiser, low: float = -1.0, high: float = 1.0
+) -> Denoiser:
+    """The denoiser with x_0 clipped to the data's range, and eps derived anew from it.
+
+    The paper clips when sampling and when reporting bits/dim, never in the training loss.
+    """
+
+    def clip(x_t: jax.Array, t: jax.Array) -> Prediction:
+        prediction = denoise(x_t, t)
+        x_0 = jnp.clip(prediction.x_0, low, high)
+        return from_x_0(schedule, x_t, t, x_0)._replace(log_variance=prediction.log_variance)
+
+    return clip
+
+
+def from_eps(schedule: NoiseSchedule, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> Prediction:
+    """x_0 = (x_t - sigma_t eps) / alpha_t; not defined where alpha_t = 0."""
+    same_shape(x_t=x_t, eps=eps)
+    level = schedule.at(t)
+    inverse_alpha, noise_to_signal = 1 / level.alpha, jnp.exp(-0.5 * level.high)
+    return Prediction(lift(inverse_alpha, x_t) * x_t - lift(noise_to_signal, x_t) * eps, eps)
+
+
+def from_x_0(schedule: NoiseSchedule, x_t: jax.Array, t: jax.Array, x_0: jax.Array) -> Prediction:
+    """eps = (x_t - alpha_t x_0) / sigma_t."""
+    same_shape(x_t=x_t, x_0=x_0)
+    level = schedule.at(t)
+    return Prediction(x_0, (x_t - lift(level.alpha, x_t) * x_0) / lift(level.sigma, x_t))
+
+
+def from_v(schedule: NoiseSchedule, x_t: jax.Array, t: jax.Array, v: jax.Array) -> Prediction:
+    """v = alpha_t eps - sigma_t x_0 (Salimans & Ho 2022), so x_0 = alpha_t x_t - sigma_t v."""
+    same_shape(x_t=x_t, v=v)
+    level = schedule.at(t)
+    alpha, sigma = lift(level.alpha, x_t), lift(level.sigma, x_t)
+    return Prediction(alpha * x_t - sigma * v, sigma * x_t + alpha * v)
+
+
+def from_score(
+    schedule: NoiseSchedule, x_t: jax.Array, t: jax.Array, score: jax.Array
+) -> Prediction:
+    """score = grad log q(x_t) = -eps / sigma_t: denoising score matching (Section 3.2)."""
+    same_shape(x_t=x_t, score=score)
+    return from_eps(schedule, x_t, t, -lift(schedule.at(t).sigma, x_t) * score)
+
+
+def from_posterior_mean(
+    schedule: NoiseSchedule, x_t: jax.Array, t: jax.Array, mean: jax.Array
+) -> Prediction:
+    """The mean of q(x_{t-1} | x_t, x_0), mu-tilde of Eq. 7, solved for x_0."""
+    same_shape(x_t=x_t, mean=mean)
+    t = jnp.asarray(t)
+    of_x_0, of_x_t = posterior_coefficients(schedule.between(t - 1, t))
+    return from_x_0(schedule, x_t, t, (mean - lift(of_x_t, x_t) * x_t) / lift(of_x_0, x_t))
+
+
+def to_v(schedule: NoiseSchedule, t: jax.Array, prediction: Prediction) -> jax.Array:
+    """v = alpha_t eps - sigma_t x_0."""
+    level = schedule.at(t)
+    x_0, eps = prediction.x_0, prediction.eps
+    return lift(level.alpha, x_0) * eps - lift(level.sigma, x_0) * x_0
+
+
+def to_score(schedule: NoiseSchedule, t: jax.Array, prediction: Prediction) -> jax.Array:
+    """grad log q(x_t) = -eps / sigma_t."""
+    return -prediction.eps / lift(schedule.at(t).sigma, prediction.eps)
+
+
+def to_posterior_mean(
+    schedule: NoiseSchedule,
+    x_t: jax.Array,
+    t: jax.Array,
+    prediction: Prediction,
+    *,
+    s: jax.Array | None = None,
+) -> jax.Array:
+    """The mean of q(x_s | x_t, x_0) at the predicted x_0; s is t - 1 if left out (Eqs. 7 and 11)."""
+    same_shape(x_t=x_t, x_0=prediction.x_0)
+    t = jnp.asarray(t)
+    of_x_0, of_x_t = posterior_coefficients(schedule.between(t - 1 if s is None else s, t))
+    return lift(of_x_0, x_t) * prediction.x_0 + lift(of_x_t, x_t) * x_t

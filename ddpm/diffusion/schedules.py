@@ -1,0 +1,209 @@
+"""Noise schedules: log-SNR over time, from which everything else follows.
+
+With q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I) and alpha_t^2 + sigma_t^2 = 1, the log-SNR is
+log_snr[t] = log(alpha_t^2 / sigma_t^2) and
+
+    alpha_bar_t = alpha_t^2 = sigmoid(log_snr),    1 - alpha_bar_t = sigma_t^2 = sigmoid(-log_snr).
+
+Time has the paper's index: t = 1..T are noise levels and t = 0 is the data, so tables have T + 1
+entries: log_snr[0] = +inf, alpha_bar[0] = 1, beta[0] = 0.
+
+`log_snr` in float32 is exact enough for every function of one time, but the per-step beta_t is a
+difference of neighbouring entries: alone, a float32 table loses three of its seven digits there.
+So what rounding cut off is kept in a second float32, `log_snr_low`, and differences use both.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class LogSNR(NamedTuple):
+    """A log-SNR as the unevaluated sum of two float32, high + low (low < half an ulp of high)."""
+
+    high: jax.Array
+    low: jax.Array
+
+    @property
+    def alpha(self) -> jax.Array:
+        """sqrt(alpha_bar), the signal's coefficient."""
+        return jnp.sqrt(jax.nn.sigmoid(self.high))
+
+    @property
+    def sigma(self) -> jax.Array:
+        """sqrt(1 - alpha_bar), the noise's standard deviation."""
+        return jnp.sqrt(self.sigma_squared)
+
+    @property
+    def sigma_squared(self) -> jax.Array:
+        """1 - alpha_bar, the noise's variance."""
+        return jax.nn.sigmoid(-self.high)
+
+    @property
+    def log_sigma_squared(self) -> jax.Array:
+        """log(1 - alpha_bar); -inf at t = 0."""
+        return -jax.nn.softplus(self.high)
+
+
+class NoiseSchedule(NamedTuple):
+    """A table of log-SNR over t = 0..T: float32[T + 1], falling from +inf (see the module)."""
+
+    log_snr: jax.Array
+    log_snr_low: jax.Array
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return self.log_snr.shape[0] - 1
+
+    @property
+    def alpha_bar(self) -> jax.Array:
+        """prod_{s <= t} (1 - beta_s), float32[T + 1]; 1 at t = 0."""
+        return jax.nn.sigmoid(self.log_snr)
+
+    @property
+    def beta(self) -> jax.Array:
+        """Variance of the noise added by step t, float32[T + 1]; 0 at t = 0."""
+        t = jnp.arange(1, self.num_steps + 1)
+        return jnp.concatenate([jnp.zeros(1), self.between(t - 1, t).beta])
+
+    def at(self, t: jax.Array) -> LogSNR:
+        """Log-SNR at integer times t in 0..T, in the shape of t; NaN outside 0..T."""
+
+        def look_up(table: jax.Array) -> jax.Array:
+            # Clamping or wrapping, JAX's defaults, would turn a time off by one into a wrong result.
+            return table.at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+        return LogSNR(look_up(self.log_snr), look_up(self.log_snr_low))
+
+    def between(self, s: jax.Array, t: jax.Array) -> "Transition":
+        """The forward transition q(x_t | x_s) for times s < t."""
+        return Transition(self.at(s), self.at(t))
+
+
+class Transition(NamedTuple):
+    """The forward transition from x_s to x_t, s < t: q(x_t | x_s) = N(alpha_{t|s} x_s, beta_{t|s} I).
+
+    A chain over fewer steps has these in the place of sqrt(1 - beta_t) and beta_t.
+    """
+
+    s: LogSNR
+    t: LogSNR
+
+    @property
+    def log_snr_drop(self) -> jax.Array:
+        """log_snr_s - log_snr_t >= 0; +inf for s = 0."""
+        # The difference of the high parts is exact for neighbours, so the low parts must join last.
+        return (self.s.high - self.t.high) + (self.s.low - self.t.low)
+
+    @property
+    def snr_loss(self) -> jax.Array:
+        """1 - SNR_t / SNR_s, the share of the signal-to-noise ratio lost: 1 for s = 0."""
+        return -jnp.expm1(-self.log_snr_drop)
+
+    @property
+    def beta(self) -> jax.Array:
+        """beta_{t|s} = 1 - alpha_bar_t / alpha_bar_s, the transition's variance."""
+        return self.t.sigma_squared * self.snr_loss
+
+    @property
+    def posterior_variance(self) -> jax.Array:
+        """Variance of q(x_s | x_t, x_0), Eq. 7 for any s < t; 0 for s = 0."""
+        return self.s.sigma_squared * self.snr_loss
+
+
+def from_betas(betas: Sequence[float] | np.ndarray) -> NoiseSchedule:
+    """The schedule of any list of betas: betas[0] is beta_1, in (0, 1); the last one may be 1.
+
+    Raises ValueError for a beta outside, naming its step.
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.size == 0:
+        raise ValueError(f"betas must be a non-empty list, got shape {betas.shape}")
+    allowed = (betas > 0) & ((betas < 1) | ((betas == 1) & (np.arange(1, betas.size + 1) == betas.size)))
+    if not allowed.all():
+        t = int(np.argmin(allowed)) + 1
+        raise ValueError(
+            f"beta_{t} = {betas[t - 1]:g} (of {betas.size} steps): every beta must lie in (0, 1); "
+            "only the last may be 1"
+        )
+    with np.errstate(divide="ignore"):  # log 0 = -inf is meant, where the last beta is 1
+        log_alpha_bar = np.cumsum(np.log1p(-betas))
+        return from_log_snr(log_alpha_bar - np.log(-np.expm1(log_alpha_bar)))
+
+
+def from_log_snr(log_snr: Sequence[float] | np.ndarray) -> NoiseSchedule:
+    """The schedule whose log-SNR at t = 1..T is given (float64 is kept to 48 bits), falling."""
+    log_snr = np.concatenate([[np.inf], np.asarray(log_snr, np.float64)])
+    if not np.all(log_snr[1:] < log_snr[:-1]):
+        raise ValueError("log-SNR must fall at every step")
+    high = log_snr.astype(np.float32)
+    low = np.where(np.isfinite(high), log_snr - np.where(np.isfinite(high), high, 0), 0)
+    return NoiseSchedule(jnp.asarray(high), jnp.asarray(low, jnp.float32))
+
+
+def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+    """beta_t rises linearly from beta_start to beta_end: the paper's schedule (Section 4)."""
+    return from_betas(np.linspace(beta_start, beta_end, num_steps))
+
+
+def quadratic(
+    num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> NoiseSchedule:
+    """sqrt(beta_t) rises linearly ('quad' in the authors' code)."""
+    return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2)
+
+
+def constant(num_steps: int = 1000, beta: float = 0.02) -> NoiseSchedule:
+    """beta_t = beta at every step ('const' in the authors' code)."""
+    return from_betas(np.full(num_steps, beta))
+
+
+def jsd(num_steps: int = 1000) -> NoiseSchedule:
+    """beta_t = 1 / (T - t + 1), that is alpha_bar_t = 1 - t/T (Sohl-Dickstein et al. 2015).
+
+    No signal is left at t = T: log_snr[T] = -inf, and eps alone cannot tell x_0 there.
+    """
+    return from_betas(1 / np.arange(num_steps, 0, -1))
+
+
+def warmup(
+    fraction: float, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> NoiseSchedule:
+    """Linear over the first `fraction` of the steps, then beta_end ('warmup10', 'warmup50')."""
+    betas = np.full(num_steps, beta_end)
+    rising = int(num_steps * fraction)
+    betas[:rising] = np.linspace(beta_start, beta_end, rising)
+    return from_betas(betas)
+
+
+def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+    """alpha_bar_t ~ cos^2((t/T + offset)/(1 + offset) pi/2) (Nichol & Dhariwal 2021, Eq. 17)."""
+    u = np.arange(num_steps + 1) / num_steps
+    angle = (u + offset) / (1 + offset) * np.pi / 2
+    # 1 - cos^2(b)/cos^2(a) = sin(b - a) sin(b + a)/cos^2(a): no digits lost to the subtraction.
+    a, b = angle[:-1], angle[1:]
+    return from_betas(np.minimum(np.sin(b - a) * np.sin(b + a) / np.cos(a) ** 2, max_beta))
+
+
+def sigmoid(
+    num_steps: int = 1000,
+    start: float = -3.0,
+    end: float = 3.0,
+    temperature: float = 1.0,
+    max_beta: float = 0.999,
+) -> NoiseSchedule:
+    """alpha_bar_t falls from 1 to 0 as sigmoid(-z), z from start to end (Jabri et al. 2022).
+
+    Rescaled so that alpha_bar_0 = 1; the last steps' beta is cut at max_beta.
+    """
+
+    def falling(u: np.ndarray | float) -> np.ndarray:
+        return 1 / (1 + np.exp((u * (end - start) + start) / temperature))
+
+    u = np.arange(num_steps + 1) / num_steps
+    alpha_bar = (falling(u) - falling(1.0)) / (falling(0.0) - falling(1.0))
+    return from_betas(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta))

@@ -1,0 +1,154 @@
+"""Config -> objects: the only place where a name in a config becomes a function."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ddpm.config import flatten, to_json, validate
+from ddpm.data import sources
+from ddpm.data.folders import folder
+from ddpm.data.sources import Source
+from ddpm.data.tfds_sets import tfds
+from ddpm.diffusion import schedules
+from ddpm.diffusion.gaussian import fixed_large, fixed_small
+from ddpm.diffusion.predictions import Denoiser, clipped, denoiser
+from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.errors import InputError
+from ddpm.models.unet import UNet
+from ddpm.sampling.generate import Generator
+from ddpm.sampling.samplers import Sampler, ancestral, ddim
+from ddpm.training import sharding
+from ddpm.training.state import adam
+
+SCHEDULES: dict[str, Callable[[Any], NoiseSchedule]] = {
+    "linear": lambda d: schedules.linear(d.num_steps, d.beta_start, d.beta_end),
+    "quadratic": lambda d: schedules.quadratic(d.num_steps, d.beta_start, d.beta_end),
+    "constant": lambda d: schedules.constant(d.num_steps, d.beta_end),
+    "jsd": lambda d: schedules.jsd(d.num_steps),
+    "warmup10": lambda d: schedules.warmup(0.1, d.num_steps, d.beta_start, d.beta_end),
+    "warmup50": lambda d: schedules.warmup(0.5, d.num_steps, d.beta_start, d.beta_end),
+    "cosine": lambda d: schedules.cosine(d.num_steps),
+    "sigmoid": lambda d: schedules.sigmoid(d.num_steps),
+    "betas": lambda d: schedules.from_betas(d.betas),
+}
+VARIANCES = {"fixed_large": fixed_large, "fixed_small": fixed_small}
+
+
+class Experiment(NamedTuple):
+    """What a checked config stands for, all but the data."""
+
+    config: ConfigDict
+    schedule: NoiseSchedule
+    model: UNet
+    optimizer: optax.GradientTransformation
+    sampler: Sampler
+    image_shape: tuple[int, int, int]
+
+    def denoiser(self, params: Any) -> Denoiser:
+        """The network at these weights without dropout, clipped where the config says so."""
+
+        def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            return self.model.apply({"params": params}, x_t, t)
+
+        denoise = denoiser(self.schedule, network)
+        return clipped(self.schedule, denoise) if self.config.sampling.clip else denoise
+
+    def generator(self, mesh: Mesh, *, batch_size: int) -> Generator:
+        """Samples by the config's sampler; the batch size is rounded up to the devices' number."""
+        devices = mesh.devices.size
+        return Generator(
+            self.schedule,
+            self.denoiser,
+            self.sampler,
+            self.image_shape,
+            batch_size=-(-batch_size // devices) * devices,
+            sharding=sharding.split_batch(mesh),
+        )
+
+
+def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
+    """All objects of a config for images of this shape; InputError for what does not fit."""
+    validate(config)
+    t, m = config.training, config.model
+    model = UNet(
+        channels=m.channels,
+        channel_multipliers=tuple(m.channel_multipliers),
+        num_res_blocks=m.num_res_blocks,
+        attention_resolutions=tuple(m.attention_resolutions),
+        dropout=m.dropout,
+        num_groups=m.num_groups,
+    )
+    check_model(model, image_shape)
+    optimizer = adam(t.learning_rate, warmup_steps=t.warmup_steps, grad_clip=t.grad_clip)
+    return Experiment(
+        config, noise_schedule(config), model, optimizer, sampler(config), image_shape
+    )
+
+
+def noise_schedule(config: ConfigDict) -> NoiseSchedule:
+    """The schedule by its name, refused where eps cannot be predicted."""
+    try:
+        schedule = SCHEDULES[config.diffusion.schedule](config.diffusion)
+    except ValueError as error:
+        raise InputError(f"config.diffusion: {error}") from error
+    if schedule.log_snr[-1] == -jnp.inf:
+        raise InputError(
+            f"config.diffusion.schedule = {config.diffusion.schedule!r} leaves no signal at t = T "
+            "(alpha_bar_T = 0), and from eps alone x_0 cannot be told there: choose another schedule"
+        )
+    return schedule
+
+
+def sampler(config: ConfigDict) -> Sampler:
+    """The sampler by its name."""
+    s = config.sampling
+    steps = s.steps or None
+    if s.sampler == "ddim":
+        return ddim(s.eta, steps=steps)
+    return ancestral(VARIANCES[s.variance], steps=steps)
+
+
+def check_model(model: UNet, image_shape: tuple[int, int, int]) -> Any:
+    """The shapes of the parameters, without computing them; InputError if it cannot be built."""
+    x, t = jnp.zeros((1, *image_shape)), jnp.ones(1, jnp.int32)
+    try:
+        return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
+    except ValueError as error:
+        raise InputError(f"config.model: {str(error).splitlines()[0]}") from error
+
+
+def source(config: ConfigDict) -> Source:
+    """The training data by name: 'digits', 'folder', 'npz', or any image set of tfds."""
+    d = config.data
+    size = tuple(d.image_size) or None
+    if d.name in ("folder", "npz") and not d.path:
+        raise InputError(f"config.data.path is empty: name the {d.name} with --config.data.path=...")
+    if d.name == "digits":
+        return sources.digits(d.split or "train")
+    if d.name == "folder":
+        if size is None:
+            raise InputError("config.data.image_size = (): a folder needs (height, width)")
+        return folder(d.path, size, channels=d.channels, broken=d.broken_images)
+    if d.name == "npz":
+        return sources.npz(d.path)
+    return tfds(d.name, d.split or "train", data_dir=d.path or None, image_size=size)
+
+
+def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Any) -> None:
+    """InputError if a run folder's config differs in what its weights depend on."""
+    now, before = flatten(to_json(config)), flatten(saved)
+    free = ("sampling.", "data.path", "training.steps", "training.log_every", "training.sample_every",
+            "training.checkpoint", "data.broken_images")  # fmt: skip
+    for key in sorted(now.keys() | before.keys()):
+        if not key.startswith(free) and now.get(key) != before.get(key):
+            raise InputError(
+                f"{workdir} holds a run with config.{key} = {before.get(key)!r}, this one says "
+                f"{now.get(key)!r}: choose another --workdir"
+            )
+
+

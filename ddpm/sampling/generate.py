@@ -1,0 +1,78 @@
+"""Any number of 8-bit samples from one compiled sampler, in batches, each seeded by its number."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from ddpm.data.pipeline import to_uint8
+from ddpm.diffusion.predictions import Denoiser
+from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.sampling.sample import sample, sample_chain, sample_keys
+from ddpm.sampling.samplers import Sampler
+
+
+class Generator:
+    """Samples of one model. Compiled once: the last, partial batch is drawn whole and cut.
+
+    `make_denoiser` closes over the weights: params -> Denoiser. `sharding` splits a batch over
+    devices, whose number must divide `batch_size`.
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        make_denoiser: Callable[[Any], Denoiser],
+        sampler: Sampler,
+        image_shape: tuple[int, int, int],
+        *,
+        batch_size: int,
+        sharding: NamedSharding | None = None,
+    ) -> None:
+        self.batch_size = batch_size
+        self._sharding = sharding
+        shape = (batch_size, *image_shape)
+
+        def draw(params: Any, keys: jax.Array) -> jax.Array:
+            x_0 = sample(keys, schedule, make_denoiser(params), shape, sampler=sampler)
+            return to_uint8(x_0)
+
+        def draw_chain(params: Any, keys: jax.Array, snapshots: int) -> jax.Array:
+            few = (len(keys), *image_shape)
+            denoiser = make_denoiser(params)
+            chain = sample_chain(
+                keys, schedule, denoiser, few, sampler=sampler, snapshots=snapshots
+            )
+            return to_uint8(jnp.concatenate([chain.x_t, chain.x_0[None]]))
+
+        self._draw = jax.jit(draw)
+        self._draw_chain = jax.jit(draw_chain, static_argnums=2)
+
+    def batches(self, params: Any, num_samples: int, *, seed: int) -> Iterator[np.ndarray]:
+        """uint8[n, H, W, C], n <= batch_size, until num_samples have come."""
+        root = jax.random.key(seed)
+        for start in range(0, num_samples, self.batch_size):
+            keys = sample_keys(root, np.arange(start, start + self.batch_size))
+            if self._sharding is not None:
+                keys = jax.device_put(keys, self._sharding)
+            yield _whole(self._draw(params, keys))[: num_samples - start]
+
+    def samples(self, params: Any, num_samples: int, *, seed: int) -> np.ndarray:
+        """All of them at once, uint8[num_samples, H, W, C]."""
+        return np.concatenate(list(self.batches(params, num_samples, seed=seed)))
+
+    def chain(self, params: Any, num_samples: int, *, seed: int, snapshots: int) -> np.ndarray:
+        """x_t on the way from noise to x_0, uint8[frames, num_samples, H, W, C]; x_0 is the last."""
+        keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
+        return np.asarray(self._draw_chain(params, keys, snapshots))
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -1,0 +1,76 @@
+"""Samples as files: a grid, a GIF of the chain, an .npz of any size."""
+
+import math
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 1) -> np.ndarray:
+    """uint8[n, H, W, C] side by side, near square unless `columns` is given: uint8[h, w, C]."""
+    n, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows, height + gap, columns, width + gap, channels), 255, np.uint8)
+    cells = np.full((rows * columns, height, width, channels), 255, np.uint8)
+    cells[:n] = images
+    sheet[:, :height, :, :width] = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    whole = sheet.reshape(rows * (height + gap), columns * (width + gap), channels)
+    return whole[: -gap or None, : -gap or None]
+
+
+def to_picture(image: np.ndarray, *, least_side: int = 0) -> Image.Image:
+    """uint8[H, W, 1 or 3] as a Pillow image, enlarged by a whole factor to a side of least_side."""
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    factor = max(1, math.ceil(least_side / max(picture.size)))
+    return picture.resize(
+        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+    )
+
+
+def save_grid(path: Path, images: np.ndarray) -> None:
+    """A PNG of at least 400 pixels; small images are enlarged without blurring."""
+    _replace(path, lambda p: to_picture(grid(images), least_side=400).save(p, format="PNG"))
+
+
+def save_gif(path: Path, frames: np.ndarray, *, milliseconds: int = 60) -> None:
+    """uint8[frames, n, H, W, C] as a looping GIF of grids that rests on the last one."""
+    pictures = [to_picture(grid(images), least_side=400) for images in frames]
+    durations = [milliseconds] * (len(pictures) - 1) + [2000]
+    _replace(
+        path,
+        lambda p: pictures[0].save(
+            p, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
+        ),
+    )
+
+
+def save_npz(path: Path, batches: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:
+    """Batches as one array `images`, uint8 of `shape` in all, written as they come."""
+
+    def write(temporary: Path) -> None:
+        written = 0
+        with (
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+            archive.open("images.npy", "w", force_zip64=True) as file,
+        ):
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in batches:
+                file.write(np.ascontiguousarray(batch, np.uint8).tobytes())
+                written += len(batch)
+        if written != shape[0]:
+            raise ValueError(f"{written} images came for an array of {shape}")
+
+    _replace(path, write)
+
+
+def _replace(path: Path, write) -> None:
+    """Writes beside the path and renames: a file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    write(temporary)
+    temporary.replace(path)

@@ -1,0 +1,91 @@
+"""Samplers: the times a reverse process visits, and its step from x_t to x_s, pure functions.
+
+A step of an ancestral chain and one of DDIM are one formula; eta = 1 of the second is the first
+with fixed-small variance.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm.diffusion.gaussian import fixed_large, lift
+from ddpm.diffusion.likelihood import ReverseVariance
+from ddpm.diffusion.predictions import Prediction, to_posterior_mean
+from ddpm.diffusion.schedules import NoiseSchedule
+
+Step = Callable[
+    [NoiseSchedule, Prediction, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array
+]
+
+
+class Sampler(NamedTuple):
+    """step(schedule, prediction, x_t, t, s, noise) -> x_s, and the number of steps (None: T).
+
+    t and s are scalars, noise is standard normal in the shape of x_t.
+    """
+
+    step: Step
+    steps: int | None = None
+
+
+def ancestral(variance: ReverseVariance = fixed_large, *, steps: int | None = None) -> Sampler:
+    """Algorithm 2: x_s ~ N(posterior mean at the predicted x_0, variance); no noise into x_0.
+
+    `fixed_large` needs (nearly) all T steps; with few, take `fixed_small` or `ddim`.
+    A denoiser that learns its variance has the say over `variance`.
+    """
+
+    def step(
+        schedule: NoiseSchedule,
+        prediction: Prediction,
+        x_t: jax.Array,
+        t: jax.Array,
+        s: jax.Array,
+        noise: jax.Array,
+    ) -> jax.Array:
+        if prediction.log_variance is None:
+            log_variance = variance(schedule, t, s=s)
+        else:
+            log_variance = prediction.log_variance
+        std = jnp.where(s > 0, jnp.exp(0.5 * log_variance), 0.0)
+        return to_posterior_mean(schedule, x_t, t, prediction, s=s) + std * noise
+
+    return Sampler(step, steps)
+
+
+def ddim(eta: float = 0.0, *, steps: int | None = None) -> Sampler:
+    """DDIM (Song et al. 2021, Eq. 12), deterministic at eta = 0.
+
+    x_s = alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps + std z, std^2 = eta^2 beta-tilde.
+    """
+
+    def step(
+        schedule: NoiseSchedule,
+        prediction: Prediction,
+        x_t: jax.Array,
+        t: jax.Array,
+        s: jax.Array,
+        noise: jax.Array,
+    ) -> jax.Array:
+        transition = schedule.between(s, t)
+        level = transition.s
+        # sigma_s^2 - std^2 = sigma_s^2 (1 - eta^2 + eta^2 SNR_t/SNR_s)
+        kept = jnp.sqrt(1 - eta**2 + eta**2 * jnp.exp(-transition.log_snr_drop))
+        mean = level.alpha * prediction.x_0 + level.sigma * kept * prediction.eps
+        return mean + eta * jnp.sqrt(transition.posterior_variance) * noise
+
+    return Sampler(step, steps)
+
+
+def times(num_steps: int, steps: int | None = None) -> np.ndarray:
+    """The times of a chain of `steps` steps from T to 0, evenly spread: int[steps + 1], falling.
+
+    Raises ValueError unless 1 <= steps <= T.
+    """
+    steps = num_steps if steps is None else steps
+    if not 1 <= steps <= num_steps:
+        raise ValueError(f"{steps} sampling steps: must be between 1 and T = {num_steps}")
+    return np.round(np.linspace(num_steps, 0, steps + 1)).astype(np.int32)

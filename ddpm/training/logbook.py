@@ -1,0 +1,131 @@
+"""What a run says: progress on the terminal, scalars as JSON lines and for TensorBoard, curves."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Logbook:
+    """Writes `metrics.jsonl` and TensorBoard files in a run folder; shows a bar, or plain lines.
+
+    Starting again at `step` cuts off what was written after it, so that no step stands twice.
+    """
+
+    def __init__(self, workdir: Path, *, step: int, steps: int) -> None:
+        self.path = workdir / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._steps = steps
+        self._bar = (
+            tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
+            if sys.stderr.isatty()
+            else None
+        )
+        self._mark = (step, time.perf_counter())
+
+    def say(self, text: str) -> None:
+        """One line, above the bar."""
+        say(text, self._bar)
+
+    def start_clock(self, step: int) -> None:
+        """Speed is counted from here: after compiling, after a pause for samples."""
+        self._mark = (step, time.perf_counter())
+        if self._bar is not None:
+            self._bar.unpause()
+
+    def advance(self) -> None:
+        """The bar, by one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """A row of scalars, with the speed since the last one; a line where there is no bar."""
+        since, start = self._mark
+        speed = (step - since) / max(time.perf_counter() - start, 1e-9)
+        row = {"step": step, **values, "steps_per_second": speed}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        else:
+            left = _clock((self._steps - step) / speed)
+            self.say(
+                f"step {step}/{self._steps}  loss {values['loss']:.4f}  "
+                f"{speed:.3g} steps/s  {left} left"
+            )
+        self._mark = (step, time.perf_counter())
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """uint8[h, w, c] for TensorBoard."""
+        self._board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        if self._bar is not None:
+            self._bar.close()
+        self._file.close()
+        self._board.close()
+
+
+def say(text: str, bar: Any = None) -> None:
+    """One line on standard error, where all progress goes."""
+    if bar is not None:
+        bar.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def plot_losses(metrics: Path, picture: Path) -> None:
+    """The loss over steps, in all and by parts of 1..T, as a PNG."""
+    rows = read_metrics(metrics)
+    if not rows:
+        return
+    # Imported here: it takes a while, and a run needs it only now and then.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps = [row["step"] for row in rows]
+    names = sorted(name for name in rows[0] if name.startswith("loss_t"))
+    for i, name in enumerate(names):
+        shade = 0.15 + 0.75 * i / max(1, len(names) - 1)
+        values = [row.get(name, float("nan")) for row in rows]
+        axes.plot(steps, values, color=(shade, 0.5, 1 - shade), lw=0.8, label=name[5:])
+    axes.plot(steps, [row["loss"] for row in rows], color="black", lw=1.5, label="all t")
+    axes.set(xlabel="step", ylabel="L_simple (squared error of eps)", yscale="log")
+    axes.legend(title="t", ncols=2, fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=110)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,44 @@
+"""Data parallelism: one mesh axis over all devices; the batch is split, everything else replicated."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ddpm.errors import InputError
+
+
+def data_mesh() -> Mesh:
+    """All devices of all processes along one axis, 'data'."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(mesh: Mesh) -> NamedSharding:
+    """The first axis is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def to_devices(mesh: Mesh, batch: np.ndarray) -> jax.Array:
+    """This process's part of the global batch, as part of the global array."""
+    return jax.make_array_from_process_local_data(split_batch(mesh), batch)
+
+
+def check_batch_size(batch_size: int, name: str) -> None:
+    """Raises InputError unless every device gets equally many examples."""
+    devices = jax.device_count()
+    if batch_size % devices:
+        raise InputError(
+            f"config.{name} = {batch_size}: must be divisible by the number of devices, {devices}; "
+            f"the nearest is {max(1, round(batch_size / devices)) * devices}"
+        )
+
+
+def abstract_like(tree: Any, sharding: NamedSharding) -> Any:
+    """Shapes and dtypes of a tree, placed: what a checkpoint is restored into."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -1,0 +1,130 @@
+"""What training carries from step to step, and the pure step itself."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from ddpm.data.pipeline import to_float
+from ddpm.diffusion import losses, timesteps
+from ddpm.diffusion.predictions import denoiser
+from ddpm.diffusion.schedules import NoiseSchedule
+
+NUM_BUCKETS = 10
+# Streams of random numbers, each folded into the root key and then the step into it: nothing is
+# carried over, so that resuming needs nothing saved.
+_INIT, _TIMES, _NOISE, _DROPOUT = range(4)
+
+
+class TrainState(NamedTuple):
+    """After `step` updates: the weights, their exponential moving average, the optimiser's state."""
+
+    step: jax.Array
+    params: Any
+    ema_params: Any
+    opt_state: Any
+
+
+class Metrics(NamedTuple):
+    """Sums since the last log line, kept on the device so that no step waits for the host."""
+
+    steps: jax.Array
+    loss: jax.Array
+    grad_norm: jax.Array
+    bucket_loss: jax.Array  # float32[NUM_BUCKETS], by t: equal parts of 1..T
+    bucket_count: jax.Array
+    first_bad_step: jax.Array  # of a loss or gradient that was not finite; -1: none
+
+    @classmethod
+    def zero(cls) -> "Metrics":
+        """Nothing summed yet."""
+        scalar, buckets = jnp.zeros(()), jnp.zeros(NUM_BUCKETS)
+        return cls(scalar, scalar, scalar, buckets, buckets, jnp.full((), -1, jnp.int32))
+
+
+TrainStep = Callable[[TrainState, Metrics, jax.Array], tuple[TrainState, Metrics]]
+
+
+def adam(
+    learning_rate: float, *, warmup_steps: int = 0, grad_clip: float = 0.0
+) -> optax.GradientTransformation:
+    """Adam (0.9, 0.999, 1e-8), linear warm-up from 0, the gradient clipped to a global norm.
+
+    (The authors clip each replica's gradient and then average; with one replica it is the same.)
+    """
+    rate = optax.linear_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else learning_rate
+    clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
+    return optax.chain(clip, optax.adam(rate))
+
+
+def init(
+    model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
+) -> TrainState:
+    """The state before the first step; the average starts from the weights."""
+    key = jax.random.fold_in(jax.random.key(seed), _INIT)
+    params = model.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,), jnp.int32))["params"]
+    # A copy: both are donated to the step, and one buffer cannot be donated twice.
+    ema_params = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
+
+
+def make_train_step(
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    seed: int,
+) -> TrainStep:
+    """The step (state, metrics, images uint8[B, H, W, C]) -> (state, metrics): pure, to be jitted.
+
+    Algorithm 1: L_simple at uniform t; dropout on, nothing clipped but the gradient.
+    """
+    root = jax.random.key(seed)
+
+    def loss_fn(params: Any, x_0: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
+        stream = lambda s: jax.random.fold_in(jax.random.fold_in(root, s), step)  # noqa: E731
+        t = timesteps.uniform(schedule, stream(_TIMES), len(x_0))
+        eps = jax.random.normal(stream(_NOISE), x_0.shape)
+
+        def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            rngs = {"dropout": stream(_DROPOUT)}
+            return model.apply({"params": params}, x_t, t, train=True, rngs=rngs)
+
+        loss = losses.simple(schedule, denoiser(schedule, network), x_0, t, eps)
+        return loss.mean(), (loss, t)
+
+    def train_step(
+        state: TrainState, metrics: Metrics, images: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, per_example), grads = grad_fn(state.params, to_float(images), state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
+        metrics = _add(metrics, state.step, loss, optax.tree.norm(grads), *per_example)
+        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+    def _add(
+        m: Metrics,
+        step: jax.Array,
+        loss: jax.Array,
+        grad_norm: jax.Array,
+        losses: jax.Array,
+        t: jax.Array,
+    ) -> Metrics:
+        bucket = (t - 1) * NUM_BUCKETS // schedule.num_steps
+        bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+        return Metrics(
+            steps=m.steps + 1,
+            loss=m.loss + loss,
+            grad_norm=m.grad_norm + grad_norm,
+            bucket_loss=m.bucket_loss.at[bucket].add(losses),
+            bucket_count=m.bucket_count.at[bucket].add(1.0),
+            first_bad_step=jnp.where(bad & (m.first_bad_step < 0), step + 1, m.first_bad_step),
+        )
+
+    return train_step

@@ -1,0 +1,47 @@
+"""Being told to stop: SIGTERM and Ctrl-C end the loop after the step under way."""
+
+import signal
+from types import FrameType, TracebackType
+
+import jax
+
+
+class StopSignal:
+    """Within `with StopSignal() as stop:`, stop.requested(step) tells whether to save and leave.
+
+    A second signal is not caught: it ends the process as usual.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._caught)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def requested(self, step: int) -> bool:
+        """Whether a signal came; with several processes, all get the same answer at a step."""
+        if jax.process_count() > 1:
+            # jax.distributed has its own handler, and agrees on a step among the processes.
+            from jax.experimental import multihost_utils
+
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.name = "SIGTERM"
+        return bool(self.name)
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
