@@ -21,13 +21,13 @@ def get_config() -> ConfigDict:
         num_groups=8,
     )
     config.training.update(
-        steps=6000,
-        batch_size=128,
+        steps=2000,
+        batch_size=64,
         learning_rate=1e-3,
-        warmup_steps=200,
+        warmup_steps=100,
         ema_decay=0.995,
-        log_every=200,
-        sample_every=2000,
-        checkpoint_every=1000,
+        log_every=100,
+        sample_every=0,
+        checkpoint_every=500,
     )
     return config

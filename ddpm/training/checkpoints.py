@@ -139,6 +139,8 @@ class Checkpoints:
             raise Damaged("its array metadata cannot be read") from error
         for name, tree in abstract.items():
             wanted = _shapes(tree)
+            if not found[name]:
+                raise Damaged(f"its {name} is missing")
             for path in sorted(wanted.keys() | found[name].keys()):
                 if wanted.get(path) != found[name].get(path):
                     raise InputError(

@@ -1,0 +1,33 @@
+"""Fashion-MNIST, 28x28 grey, sized for a processor with two cores.
+
+    python main.py --config=configs/fashion_mnist.py
+"""
+
+from ml_collections import ConfigDict
+
+from ddpm.config import default
+
+
+def get_config() -> ConfigDict:
+    """The config."""
+    config = default()
+    config.data.update(name="fashion_mnist", flip=False)
+    config.model.update(
+        channels=32,
+        channel_multipliers=(1, 2, 2),
+        num_res_blocks=1,
+        attention_resolutions=(7,),
+        dropout=0.0,
+        num_groups=8,
+    )
+    config.training.update(
+        steps=8000,
+        batch_size=32,
+        learning_rate=5e-4,
+        warmup_steps=200,
+        ema_decay=0.999,
+        log_every=50,
+        sample_every=2000,
+        checkpoint_every=250,
+    )
+    return config

@@ -1,0 +1,150 @@
+"""Checkpoints come back bit for bit, or not at all: damage is found, named and stepped over."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm.errors import InputError
+from ddpm.training import sharding
+from ddpm.training.checkpoints import Checkpoints, digest, saved_meta
+from ddpm.training.state import TrainState, adam
+
+
+def state_at(step, size=300):
+    params = {"a": {"kernel": jax.random.normal(jax.random.key(step), (size, 3))}, "b": jnp.ones(4)}
+    ema = jax.tree.map(lambda x: x / 2, params)
+    return TrainState(jnp.int32(step), params, ema, adam(1e-3, warmup_steps=10).init(params))
+
+
+def items(state):
+    return {name: getattr(state, name) for name in ("params", "ema_params", "opt_state")}
+
+
+def abstract(state):
+    return sharding.abstract_like(items(state), sharding.replicated(sharding.data_mesh()))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=3)
+    for step in (10, 20, 30):
+        checkpoints.save(state_at(step), {"config": {"seed": 1}})
+    checkpoints.close()
+    return folder
+
+
+def restore(folder, state, **options):
+    said = []
+    checkpoints = Checkpoints(folder, keep=3, **options)
+    try:
+        return checkpoints.restore(abstract(state), said.append), said
+    finally:
+        checkpoints.close()
+
+
+def assert_equal(found, state):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(items(state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_newest_comes_back_bit_for_bit(saved):
+    (found, meta), said = restore(saved, state_at(0))
+    assert_equal(found, state_at(30))
+    assert jax.tree.structure(found) == jax.tree.structure(items(state_at(0)))
+    assert (meta["step"], meta["config"], said) == (30, {"seed": 1}, [])
+    assert saved_meta(saved)["config"] == {"seed": 1}
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for step in range(1, 6):
+        checkpoints.save(state_at(step), {})
+    checkpoints.close()
+    assert sorted(p.name for p in (tmp_path / "c").iterdir() if p.name.isdigit()) == ["4", "5"]
+
+
+def test_none_saved_yet(tmp_path):
+    assert restore(tmp_path / "new", state_at(0)) == (None, [])
+    assert saved_meta(tmp_path / "nowhere") is None
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(step_folder):
+    file = largest_file(step_folder / "params")
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def flip_bytes(step_folder):
+    file = largest_file(step_folder / "params")
+    data = bytearray(file.read_bytes())
+    for i in range(len(data) // 2, len(data) // 2 + 64):
+        data[i] ^= 0xFF
+    file.write_bytes(data)
+
+
+def empty(step_folder):
+    for file in sorted(step_folder.rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+
+
+def lose_meta(step_folder):
+    (step_folder / "meta" / "metadata").unlink()
+
+
+def lose_an_item(step_folder):
+    empty(step_folder / "opt_state")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_bytes, empty, lose_meta, lose_an_item])
+def test_damaged_checkpoint_is_moved_aside_and_the_one_before_taken(saved, damage):
+    damage(saved / "30")
+    (found, meta), said = restore(saved, state_at(0))
+    assert meta["step"] == 20
+    assert_equal(found, state_at(20))
+    assert len(said) == 1
+    assert "checkpoint 30" in said[0]
+    assert "\n" not in said[0]
+    assert not (saved / "30").exists()
+    assert (saved.parent / "damaged_checkpoints" / "30").exists()
+
+    again = Checkpoints(saved, keep=3)  # the same step can be written anew
+    again.save(state_at(30), {})
+    again.close()
+    assert restore(saved, state_at(0))[0][1]["step"] == 30
+
+
+def test_read_only_moves_nothing(saved):
+    truncate(saved / "30")
+    (_, meta), said = restore(saved, state_at(0), read_only=True)
+    assert meta["step"] == 20
+    assert len(said) == 1
+    assert (saved / "30").exists()
+
+
+def test_all_damaged_is_an_error_that_names_them(saved):
+    for step in (10, 20, 30):
+        truncate(saved / str(step))
+    with pytest.raises(InputError, match=r"no checkpoint .* is good: 30 .*20 .*10"):
+        restore(saved, state_at(0), read_only=True)
+
+
+def test_another_architecture_is_refused_by_name(saved):
+    with pytest.raises(InputError, match=r"a/kernel is \(300, 3\) there and \(200, 3\)"):
+        restore(saved, state_at(0, size=200))
+    assert (saved / "30").exists()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, jnp.bfloat16])
+def test_digest_changes_with_any_bit(dtype):
+    x = jnp.arange(1000).astype(dtype)
+    before = digest({"x": x, "y": x})
+    for index in (0, 1, 999):
+        other = digest({"x": x.at[index].add(1 if index < 999 else 16), "y": x})
+        assert other[0] != before[0]
+        assert other[1] == before[1]
+    assert digest({"x": x[::-1]}) != digest({"x": x})

@@ -1,0 +1,63 @@
+"""Eight devices and one: the same losses and weights."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ddpm.errors import InputError
+from ddpm.training import sharding
+
+SCRIPT = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from ddpm import UNet, schedules
+from ddpm.training import sharding
+from ddpm.training.state import Metrics, adam, init, make_train_step
+
+mesh = sharding.data_mesh()
+everywhere = sharding.replicated(mesh)
+model = UNet(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,),
+             num_groups=4, dropout=0.1)
+schedule, optimizer = schedules.linear(100), adam(1e-3, grad_clip=1.0)
+state = jax.jit(lambda: init(model, optimizer, (8, 8, 1), 0), out_shardings=everywhere)()
+metrics = jax.jit(Metrics.zero, out_shardings=everywhere)()
+step = jax.jit(make_train_step(model, schedule, optimizer, ema_decay=0.9, seed=0),
+               in_shardings=(everywhere, everywhere, sharding.split_batch(mesh)),
+               out_shardings=everywhere, donate_argnums=(0, 1))
+losses = []
+for i in range(5):
+    images = np.random.default_rng(i).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)
+    batch = sharding.to_devices(mesh, images)
+    assert len(batch.sharding.device_set) == jax.device_count()
+    state, metrics = step(state, metrics, batch)
+    losses.append(float(metrics.loss))
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
+weights = [float(jnp.abs(x).sum()) for x in jax.tree.leaves(state.params)]
+print(json.dumps([jax.device_count(), losses, weights]))
+"""
+
+
+def run(devices):
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_eight_devices_train_as_one_does():
+    one, eight = run(1), run(8)
+    assert (one[0], eight[0]) == (1, 8)
+    np.testing.assert_allclose(eight[1], one[1], rtol=1e-5)
+    np.testing.assert_allclose(eight[2], one[2], rtol=1e-3)
+
+
+def test_batch_that_does_not_divide_is_refused_with_the_nearest(monkeypatch):
+    monkeypatch.setattr(sharding.jax, "device_count", lambda: 8)
+    sharding.check_batch_size(64, "training.batch_size")
+    with pytest.raises(InputError, match=r"training.batch_size = 60.*devices, 8.*nearest is 64"):
+        sharding.check_batch_size(60, "training.batch_size")
