@@ -4,21 +4,25 @@ The same command goes on where it was stopped. Every key of the config can be ov
 --config.training.batch_size=64. Modes: train, sample.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from ddpm.config import default, flatten, nearest, validate
 from ddpm.errors import InputError
 
 _MODES = ("train", "sample")
+_DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", str(Path(__file__).parent / "configs" / "digits.py"), "The experiment's config file."
+    "config", None, "The experiment's config file; configs/digits.py if left out."
 )
 _WORKDIR = flags.DEFINE_string("workdir", "", "The run folder; runs/<name of the config> if empty.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of: {', '.join(_MODES)}.")
@@ -30,12 +34,16 @@ _DISTRIBUTED = flags.DEFINE_bool(
 def parse(argv: Sequence[str]) -> list[str]:
     """The flags, with one line for anything wrong in them."""
     try:
+        sys.argv = argv = _config_first(argv)  # where ml_collections looks for the file's name
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
-            raise InputError(f"unexpected argument {rest[1]!r}: options look like --workdir=runs/new")
-        if _MODE.value not in _MODES:
             raise InputError(
-                f"--mode={_MODE.value}: must be one of {', '.join(_MODES)}{nearest(_MODE.value, _MODES)}"
+                f"unexpected argument {rest[1]!r}: options look like --workdir=runs/new"
+            )
+        if _MODE.value not in _MODES:
+            allowed = ", ".join(_MODES)
+            raise InputError(
+                f"--mode={_MODE.value}: must be one of {allowed}{nearest(_MODE.value, _MODES)}"
             )
         validate(_CONFIG.value)
         return rest
@@ -43,12 +51,29 @@ def parse(argv: Sequence[str]) -> list[str]:
         fail(str(error))
     except flags.Error as error:
         fail(str(error))
-    except FileNotFoundError as error:
-        fail(f"--config: there is no file {error.filename}")
     except (AttributeError, KeyError) as error:
         fail(f"{_wrong_key(argv)}{str(error).splitlines()[0]}")
-    except (TypeError, ValueError, SyntaxError, ImportError) as error:
+    except Exception as error:  # whatever a config file does
         fail(f"the config cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+def _config_first(argv: Sequence[str]) -> list[str]:
+    """The arguments with --config=FILE before its overrides, and the default if there is none."""
+    program, *rest = argv
+    chosen = f"--config={_DEFAULT_CONFIG}"
+    for i, argument in enumerate(rest):
+        if argument.startswith(("--config=", "-config=")):
+            chosen = rest.pop(i)
+            break
+        if argument in ("--config", "-config") and i + 1 < len(rest):
+            chosen = f"--config={rest.pop(i + 1)}"
+            rest.pop(i)
+            break
+    file = chosen.split("=", 1)[1].split(":")[0]
+    if not Path(file).is_file():
+        known = sorted(p.as_posix() for p in Path("configs").glob("*.py"))
+        raise InputError(f"--config={file}: there is no such file{nearest(file, known)}")
+    return [program, chosen, *rest]
 
 
 def _wrong_key(argv: Sequence[str]) -> str:
@@ -60,7 +85,7 @@ def _wrong_key(argv: Sequence[str]) -> str:
     return ""
 
 
-def fail(text: str, code: int = 2) -> None:
+def fail(text: str, code: int = 2) -> NoReturn:
     """One line on standard error, and out."""
     print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(code)
@@ -69,7 +94,11 @@ def fail(text: str, code: int = 2) -> None:
 def main(argv: Sequence[str]) -> None:
     """Dispatch to a mode."""
     del argv
-    logging.set_verbosity(logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every file
+    logger = logging.getLogger("ddpm")
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     if version("jaxlib") == "0.10.2":
         # Its default for single convolutions on CPUs takes about 1.5 times as long; newer ones
         # do not have it, and a flag that a version does not know would end the process.
@@ -83,7 +112,8 @@ def main(argv: Sequence[str]) -> None:
 
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
-    name = Path(flags.FLAGS["config"].config_filename).stem
+    config_flag: Any = flags.FLAGS["config"]
+    name = Path(config_flag.config_filename).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name)
     try:
         {"train": train, "sample": sample}[_MODE.value](_CONFIG.value, workdir)

@@ -1,6 +1,6 @@
 """scikit-learn's 8x8 digits, embedded: a small DDPM on a laptop's processor.
 
-    python main.py --config=configs/digits.py
+python main.py --config=configs/digits.py
 """
 
 from ml_collections import ConfigDict

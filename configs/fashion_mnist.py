@@ -1,6 +1,6 @@
 """Fashion-MNIST, 28x28 grey, sized for a processor with two cores.
 
-    python main.py --config=configs/fashion_mnist.py
+python main.py --config=configs/fashion_mnist.py
 """
 
 from ml_collections import ConfigDict

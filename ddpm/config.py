@@ -139,7 +139,9 @@ def _check_type(key: str, value: Any, example: Any) -> None:
         allowed = (int, float)
     elif allowed is tuple:
         allowed = (tuple, list)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and not isinstance(example, bool)):
+    if not isinstance(value, allowed) or (
+        isinstance(value, bool) and not isinstance(example, bool)
+    ):
         raise InputError(f"config.{key} = {value!r}: must be of type {type(example).__name__}")
 
 

@@ -53,7 +53,7 @@ class Experiment(NamedTuple):
         """The network at these weights without dropout, clipped where the config says so."""
 
         def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
-            return self.model.apply({"params": params}, x_t, t)
+            return jnp.asarray(self.model.apply({"params": params}, x_t, t))
 
         denoise = denoiser(self.schedule, network)
         return clipped(self.schedule, denoise) if self.config.sampling.clip else denoise
@@ -99,7 +99,7 @@ def noise_schedule(config: ConfigDict) -> NoiseSchedule:
     if schedule.log_snr[-1] == -jnp.inf:
         raise InputError(
             f"config.diffusion.schedule = {config.diffusion.schedule!r} leaves no signal at t = T "
-            "(alpha_bar_T = 0), and from eps alone x_0 cannot be told there: choose another schedule"
+            "(alpha_bar_T = 0), where eps alone does not tell x_0: choose another schedule"
         )
     return schedule
 
@@ -127,7 +127,9 @@ def source(config: ConfigDict) -> Source:
     d = config.data
     size = tuple(d.image_size) or None
     if d.name in ("folder", "npz") and not d.path:
-        raise InputError(f"config.data.path is empty: name the {d.name} with --config.data.path=...")
+        raise InputError(
+            f"config.data.path is empty: name the {d.name} with --config.data.path=..."
+        )
     if d.name == "digits":
         return sources.digits(d.split or "train")
     if d.name == "folder":
@@ -142,13 +144,11 @@ def source(config: ConfigDict) -> Source:
 def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Any) -> None:
     """InputError if a run folder's config differs in what its weights depend on."""
     now, before = flatten(to_json(config)), flatten(saved)
-    free = ("sampling.", "data.path", "training.steps", "training.log_every", "training.sample_every",
-            "training.checkpoint", "data.broken_images")  # fmt: skip
+    free = ("sampling.", "data.path", "training.steps", "training.log_every",
+            "training.sample_every", "training.checkpoint")  # fmt: skip
     for key in sorted(now.keys() | before.keys()):
         if not key.startswith(free) and now.get(key) != before.get(key):
             raise InputError(
                 f"{workdir} holds a run with config.{key} = {before.get(key)!r}, this one says "
                 f"{now.get(key)!r}: choose another --workdir"
             )
-
-

@@ -1,4 +1,4 @@
-"""The forward process and its posterior, in closed form, and the two Gaussian formulas of the bound.
+"""The forward process and its posterior in closed form, and the bound's two Gaussian formulas.
 
 Shapes: x is [B, ...], t is int[B] (or a scalar for the whole batch). Time is the paper's: t = 1..T,
 and t = 0 is the data.
@@ -24,15 +24,21 @@ def lift(coefficient: jax.Array, x: jax.Array) -> jax.Array:
     """A per-example coefficient [B] as [B, 1, ...], to multiply x [B, ...]; a scalar stays one."""
     coefficient = jnp.asarray(coefficient)
     if coefficient.ndim > 1 or (coefficient.ndim and coefficient.shape[0] != x.shape[0]):
-        raise ValueError(f"expected a scalar or one value per example of {x.shape}, got {coefficient.shape}")
-    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim) * coefficient.ndim)
+        raise ValueError(
+            f"expected a scalar or {x.shape[0]} values, one per example, got {coefficient.shape}"
+        )
+    return coefficient.reshape(
+        coefficient.shape + (1,) * (x.ndim - coefficient.ndim) * coefficient.ndim
+    )
 
 
 def same_shape(**arrays: jax.Array) -> None:
-    """Raises ValueError unless all the arrays, given by name, have one shape: nothing broadcasts."""
+    """Raises ValueError unless all arrays, given by name, have one shape: no broadcasting."""
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1:
-        raise ValueError("shapes must be equal: " + ", ".join(f"{n} {s}" for n, s in shapes.items()))
+        raise ValueError(
+            "shapes must be equal: " + ", ".join(f"{n} {s}" for n, s in shapes.items())
+        )
 
 
 def q_sample(schedule: NoiseSchedule, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
@@ -76,9 +82,9 @@ def q_posterior(
 def fixed_small(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = None) -> jax.Array:
     """Log of the reverse variance beta-tilde, that of q(x_s | x_t, x_0); in the shape of t.
 
-    Optimal for x_0 a single point (Section 3.2). At s = 0, where it would be log 0, it is the one of
-    the step before in a chain of equal strides, from 2t to t (the authors clip so: at t = 1 it is
-    log beta-tilde_2). A chain of a single step has none before: there it is log sigma_t^2.
+    Optimal for x_0 a single point (Section 3.2). At s = 0, where it would be log 0, it is the one
+    of the step before in a chain of equal strides, from 2t to t (the authors clip so: at t = 1 it
+    is log beta-tilde_2). A chain of a single step has none before: there it is log sigma_t^2.
     """
     t = jnp.asarray(t)
     s = t - 1 if s is None else jnp.asarray(s)

@@ -141,7 +141,10 @@ def decoder_nll(
     s = jnp.zeros_like(t)
     mean = to_posterior_mean(schedule, x_t, t, prediction, s=s)
     log_variance = _log_variance(schedule, prediction, t, s, variance)
-    return -per_example_mean(decoder_log_likelihood(x_0, mean, log_variance, floor=floor)) * BITS_PER_NAT
+    return (
+        -per_example_mean(decoder_log_likelihood(x_0, mean, log_variance, floor=floor))
+        * BITS_PER_NAT
+    )
 
 
 def _log_variance(

@@ -1,4 +1,4 @@
-"""What a network's output means: eps, x_0, v, score or posterior mean, and how each gives the others.
+"""What a network's output means: eps, x_0, v, score or posterior mean; each gives the others.
 
 All follow from x_t = alpha_t x_0 + sigma_t eps (Eq. 4). A **denoiser** is what joins a network to
 the mathematics: a function (x_t [B, ...], t int[B]) -> Prediction. Samplers, losses and
@@ -121,7 +121,7 @@ def to_posterior_mean(
     *,
     s: jax.Array | None = None,
 ) -> jax.Array:
-    """The mean of q(x_s | x_t, x_0) at the predicted x_0; s is t - 1 if left out (Eqs. 7 and 11)."""
+    """The mean of q(x_s | x_t, x_0) at the predicted x_0 (Eqs. 7, 11); s is t - 1 if left out."""
     same_shape(x_t=x_t, x_0=prediction.x_0)
     t = jnp.asarray(t)
     of_x_0, of_x_t = posterior_coefficients(schedule.between(t - 1 if s is None else s, t))

@@ -74,7 +74,7 @@ class NoiseSchedule(NamedTuple):
         """Log-SNR at integer times t in 0..T, in the shape of t; NaN outside 0..T."""
 
         def look_up(table: jax.Array) -> jax.Array:
-            # Clamping or wrapping, JAX's defaults, would turn a time off by one into a wrong result.
+            # JAX's defaults, to clamp and to wrap, would hide a time off by one.
             return table.at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
         return LogSNR(look_up(self.log_snr), look_up(self.log_snr_low))
@@ -85,7 +85,7 @@ class NoiseSchedule(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """The forward transition from x_s to x_t, s < t: q(x_t | x_s) = N(alpha_{t|s} x_s, beta_{t|s} I).
+    """The forward transition q(x_t | x_s) = N(alpha_{t|s} x_s, beta_{t|s} I) for times s < t.
 
     A chain over fewer steps has these in the place of sqrt(1 - beta_t) and beta_t.
     """
@@ -123,7 +123,9 @@ def from_betas(betas: Sequence[float] | np.ndarray) -> NoiseSchedule:
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or betas.size == 0:
         raise ValueError(f"betas must be a non-empty list, got shape {betas.shape}")
-    allowed = (betas > 0) & ((betas < 1) | ((betas == 1) & (np.arange(1, betas.size + 1) == betas.size)))
+    allowed = (betas > 0) & (
+        (betas < 1) | ((betas == 1) & (np.arange(1, betas.size + 1) == betas.size))
+    )
     if not allowed.all():
         t = int(np.argmin(allowed)) + 1
         raise ValueError(
@@ -145,7 +147,9 @@ def from_log_snr(log_snr: Sequence[float] | np.ndarray) -> NoiseSchedule:
     return NoiseSchedule(jnp.asarray(high), jnp.asarray(low, jnp.float32))
 
 
-def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+def linear(
+    num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> NoiseSchedule:
     """beta_t rises linearly from beta_start to beta_end: the paper's schedule (Section 4)."""
     return from_betas(np.linspace(beta_start, beta_end, num_steps))
 

@@ -162,5 +162,7 @@ class UNet(nn.Module):
             )
         for channels in {self.channels, *(self.channels * m for m in self.channel_multipliers)}:
             if channels % self.num_groups:
-                raise ValueError(f"{channels} channels do not divide into num_groups = {self.num_groups}")
+                raise ValueError(
+                    f"{channels} channels do not divide into num_groups = {self.num_groups}"
+                )
         return resolutions

@@ -73,12 +73,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     step = int(state.step)
     logbook = Logbook(workdir, step=step, steps=training.steps)
+    shape = "x".join(map(str, source.image_shape))
+    origin = f"going on at step {step}" if step else "from the start"
     logbook.say(
-        f"{parameter_count(state.params):,} parameters, {len(source):,} images of "
-        f"{'x'.join(map(str, source.image_shape))}, {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}; " + (f"going on at step {step}" if step else "from the start")
-        + f", to step {training.steps}, in {workdir}"
-    )  # fmt: skip
+        f"{parameter_count(state.params):,} parameters, {len(source):,} images of {shape}, "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}; {origin}, "
+        f"to step {training.steps}, in {workdir}"
+    )
 
     def save(state: TrainState, metrics: Metrics) -> None:
         check_finite(metrics, checkpoints)
@@ -102,7 +103,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 logbook.advance()
                 if step == first + 1:
                     jax.block_until_ready(state)
-                    logbook.say(f"first step after {time.perf_counter() - began:.1f} s of compiling")
+                    logbook.say(
+                        f"first step after {time.perf_counter() - began:.1f} s of compiling"
+                    )
                     logbook.start_clock(step)
                 if step % training.log_every == 0 or step == training.steps:
                     check_finite(metrics, checkpoints)
@@ -110,10 +113,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
                     metrics = no_metrics()
                 if step % training.checkpoint_every == 0 or step == training.steps:
                     save(state, metrics)
-                if training.sample_every and step % training.sample_every == 0:
-                    if step < training.steps:
-                        draw(state)
-                        logbook.start_clock(step)
+                between = training.sample_every and step < training.steps
+                if between and step % training.sample_every == 0:
+                    draw(state)
+                    logbook.start_clock(step)
                 if stop.requested(step):
                     save(state, metrics)
                     checkpoints.wait()

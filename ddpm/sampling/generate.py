@@ -65,7 +65,7 @@ class Generator:
         return np.concatenate(list(self.batches(params, num_samples, seed=seed)))
 
     def chain(self, params: Any, num_samples: int, *, seed: int, snapshots: int) -> np.ndarray:
-        """x_t on the way from noise to x_0, uint8[frames, num_samples, H, W, C]; x_0 is the last."""
+        """x_t on the way to x_0, the last frame: uint8[frames, num_samples, H, W, C]."""
         keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
         return np.asarray(self._draw_chain(params, keys, snapshots))
 

@@ -17,7 +17,9 @@ def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 1) -> np.
     sheet = np.full((rows, height + gap, columns, width + gap, channels), 255, np.uint8)
     cells = np.full((rows * columns, height, width, channels), 255, np.uint8)
     cells[:n] = images
-    sheet[:, :height, :, :width] = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    sheet[:, :height, :, :width] = cells.reshape(rows, columns, height, width, channels).swapaxes(
+        1, 2
+    )
     whole = sheet.reshape(rows * (height + gap), columns * (width + gap), channels)
     return whole[: -gap or None, : -gap or None]
 

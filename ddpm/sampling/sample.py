@@ -26,7 +26,7 @@ class Chain(NamedTuple):
     predicted_x_0: jax.Array
 
 
-def sample_keys(key: jax.Array, indices: jax.Array | Sequence[int]) -> jax.Array:
+def sample_keys(key: jax.Array, indices: jax.typing.ArrayLike) -> jax.Array:
     """The key of each sample by its number: fold_in(key, index), [n]."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices))
 
@@ -62,7 +62,9 @@ def sample_chain(
     shape = tuple(shape)
     keys = sample_keys(key, np.arange(shape[0])) if jnp.ndim(key) == 0 else key
     if keys.shape != shape[:1]:
-        raise ValueError(f"{keys.shape} keys for samples of shape {shape}: give one key, or one each")
+        raise ValueError(
+            f"{keys.shape} keys for samples of shape {shape}: give one key, or one each"
+        )
     t = times(schedule.num_steps, sampler.steps)
     steps = len(t) - 1
     snapshots = min(snapshots, steps)

@@ -11,14 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm.diffusion.gaussian import fixed_large, lift
+from ddpm.diffusion.gaussian import fixed_large
 from ddpm.diffusion.likelihood import ReverseVariance
 from ddpm.diffusion.predictions import Prediction, to_posterior_mean
 from ddpm.diffusion.schedules import NoiseSchedule
 
-Step = Callable[
-    [NoiseSchedule, Prediction, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array
-]
+Step = Callable[[NoiseSchedule, Prediction, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Sampler(NamedTuple):

@@ -77,7 +77,7 @@ class Checkpoints:
         abstract: dict[str, Any],
         say: Callable[[str], None],
     ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The newest good checkpoint: the items asked for and its meta; None if there is none at all.
+        """The newest good checkpoint, the items asked for and its meta; None without any.
 
         Args:
           abstract: {"params" | "ema_params" | "opt_state": tree of ShapeDtypeStruct with sharding}.
@@ -143,10 +143,11 @@ class Checkpoints:
                 raise Damaged(f"its {name} is missing")
             for path in sorted(wanted.keys() | found[name].keys()):
                 if wanted.get(path) != found[name].get(path):
+                    there, here = (d.get(path, "missing") for d in (found[name], wanted))
                     raise InputError(
                         f"checkpoint {step} in {self.folder} is of another architecture: {path} is "
-                        f"{found[name].get(path, 'missing')} there and {wanted.get(path, 'missing')} "
-                        "by this config; give the run's own config, or another --workdir"
+                        f"{there} there and {here} by this config; "
+                        "give the run's own config, or another --workdir"
                     )
 
     def _move_aside(self, step: int) -> Path:
@@ -171,7 +172,7 @@ def saved_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def digest(tree: Any) -> list[int]:
-    """One 32-bit number per array, in the tree's order: any flipped bit of an array changes its own.
+    """One 32-bit number per array, in the tree's order, that changes with any bit of the array.
 
     Computed where the arrays are, as integer sums: no copy to the host, any sharding alike.
     """
@@ -192,7 +193,7 @@ def _digest(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the arrays in a tree, by names that do not depend on the container's type."""
+    """{path: shape} of the arrays in a tree, by names that any container gives."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     flat = {}
     for path, leaf in leaves:

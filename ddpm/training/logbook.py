@@ -50,8 +50,9 @@ class Logbook:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """A row of scalars, with the speed since the last one; a line where there is no bar."""
         since, start = self._mark
-        speed = (step - since) / max(time.perf_counter() - start, 1e-9)
-        row = {"step": step, **values, "steps_per_second": speed}
+        row = {"step": step, **values}
+        if step > since:
+            row["steps_per_second"] = (step - since) / (time.perf_counter() - start)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in row.items():
@@ -60,11 +61,11 @@ class Logbook:
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         else:
-            left = _clock((self._steps - step) / speed)
-            self.say(
-                f"step {step}/{self._steps}  loss {values['loss']:.4f}  "
-                f"{speed:.3g} steps/s  {left} left"
-            )
+            text = f"step {step}/{self._steps}  loss {values['loss']:.4f}"
+            if "steps_per_second" in row:
+                speed = row["steps_per_second"]
+                text += f"  {speed:.3g} steps/s  {_clock((self._steps - step) / speed)} left"
+            self.say(text)
         self._mark = (step, time.perf_counter())
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:

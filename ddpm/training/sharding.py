@@ -1,4 +1,4 @@
-"""Data parallelism: one mesh axis over all devices; the batch is split, everything else replicated."""
+"""Data parallelism: the batch is split over all devices, everything else replicated."""
 
 from typing import Any
 

@@ -20,7 +20,7 @@ _INIT, _TIMES, _NOISE, _DROPOUT = range(4)
 
 
 class TrainState(NamedTuple):
-    """After `step` updates: the weights, their exponential moving average, the optimiser's state."""
+    """After `step` updates: the weights, their moving average, the optimiser's state."""
 
     step: jax.Array
     params: Any
@@ -55,13 +55,18 @@ def adam(
 
     (The authors clip each replica's gradient and then average; with one replica it is the same.)
     """
-    rate = optax.linear_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else learning_rate
+    rate = (
+        optax.linear_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else learning_rate
+    )
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
     return optax.chain(clip, optax.adam(rate))
 
 
 def init(
-    model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    seed: int,
 ) -> TrainState:
     """The state before the first step; the average starts from the weights."""
     key = jax.random.fold_in(jax.random.key(seed), _INIT)
@@ -92,7 +97,7 @@ def make_train_step(
 
         def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
             rngs = {"dropout": stream(_DROPOUT)}
-            return model.apply({"params": params}, x_t, t, train=True, rngs=rngs)
+            return jnp.asarray(model.apply({"params": params}, x_t, t, train=True, rngs=rngs))
 
         loss = losses.simple(schedule, denoiser(schedule, network), x_0, t, eps)
         return loss.mean(), (loss, t)

@@ -53,7 +53,8 @@ def test_eight_devices_train_as_one_does():
     one, eight = run(1), run(8)
     assert (one[0], eight[0]) == (1, 8)
     np.testing.assert_allclose(eight[1], one[1], rtol=1e-5)
-    np.testing.assert_allclose(eight[2], one[2], rtol=1e-3)
+    # Biases without a gradient (of attention keys) hold rounding errors, made large by Adam.
+    np.testing.assert_allclose(eight[2], one[2], rtol=1e-3, atol=1e-5)
 
 
 def test_batch_that_does_not_divide_is_refused_with_the_nearest(monkeypatch):

@@ -1,0 +1,161 @@
+"""Conversions there and back at every time, against x_t made from a known x_0 and eps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm import Prediction, clipped, denoiser, predictions, q_sample, schedules
+from tests.exact import NAMES, close, pair
+
+LENGTHS = (1, 7, 1000)
+READINGS = {
+    "from_eps": predictions.from_eps,
+    "from_x_0": predictions.from_x_0,
+    "from_v": predictions.from_v,
+    "from_score": predictions.from_score,
+    "from_posterior_mean": predictions.from_posterior_mean,
+}
+
+
+def known(schedule, exact, num_steps):
+    """Every t with its x_0, eps and x_t: the last both as float32 and, of the same, in float64."""
+    t = np.arange(1, num_steps + 1)
+    x_0, eps = np.float32(np.random.default_rng(5).normal(size=(2, num_steps, 3)).clip(-2, 2))
+    x_t = exact.alpha[t][:, None] * x_0 + exact.sigma[t][:, None] * eps
+    return t, x_0, eps, x_t
+
+
+def targets(exact, t, x_0, eps, x_t):
+    """What a perfect network would put out, in float64, by the definition of each."""
+    alpha, sigma = exact.alpha[t][:, None], exact.sigma[t][:, None]
+    of_x_0, of_x_t, _ = exact.posterior(t - 1, t)
+    return {
+        "from_eps": eps,
+        "from_x_0": x_0,
+        "from_v": alpha * eps - sigma * x_0,
+        "from_score": -(x_t - alpha * x_0) / exact.variance[t][:, None],
+        "from_posterior_mean": of_x_0[:, None] * x_0 + of_x_t[:, None] * x_t,
+    }
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("num_steps", LENGTHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_reading_finds_x_0_and_eps(name, num_steps, jitted):
+    schedule, exact = pair(name, num_steps)
+    t, x_0, eps, x_t = known(schedule, exact, num_steps)
+    alpha, sigma = exact.alpha[t][:, None], exact.sigma[t][:, None]
+    # Rounding alone is amplified by what divides: these are the condition numbers.
+    with np.errstate(divide="ignore"):
+        slack = {
+            "from_eps": (1 + 1 / alpha, 1),
+            "from_x_0": (1, 1 + 1 / sigma),
+            "from_v": (1, 1),
+            "from_score": (1 + 1 / alpha, 1),
+            "from_posterior_mean": (
+                1 + 1 / exact.posterior(t - 1, t)[0][:, None],
+                1 / sigma + alpha / sigma / exact.posterior(t - 1, t)[0][:, None],
+            ),
+        }
+    for key, target in targets(exact, t, x_0, eps, x_t).items():
+        # Where alpha_t = 0 (jsd's last step) noise says nothing of x_0, by definition.
+        defined = np.ones(num_steps, bool)
+        if key in ("from_eps", "from_score"):
+            defined = exact.alpha[t] > 0
+        read = jax.jit(READINGS[key]) if jitted else READINGS[key]
+        found = read(schedule, np.float32(x_t), t, np.float32(target))
+        for value, true, amplified in zip(found[:2], (x_0, eps), slack[key], strict=True):
+            error = (abs(value - true) / amplified)[defined]
+            assert (error < 2e-6).all(), (key, error.max())
+        assert found.log_variance is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_writing_v_and_score(name):
+    schedule, exact = pair(name, 1000)
+    t, x_0, eps, x_t = known(schedule, exact, 1000)
+    target, truth = targets(exact, t, x_0, eps, x_t), Prediction(x_0, eps)
+    close(predictions.to_v(schedule, t, truth), target["from_v"], rtol=1e-5, atol=1e-6)
+    close(predictions.to_score(schedule, t, truth), target["from_score"], rtol=1e-5, atol=1e-6)
+    mean = predictions.to_posterior_mean(schedule, np.float32(x_t), t, truth)
+    close(mean, target["from_posterior_mean"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_v_and_score_there_and_back_without_the_truth(name):
+    """For any output, not only a possible one: x_0 and eps stay bound by Eq. 4."""
+    schedule, exact = pair(name, 1000)
+    t = np.arange(1, 1001)[exact.alpha[1:] > 1e-3]
+    x_t, output = np.float32(np.random.default_rng(6).normal(size=(2, len(t), 3)))
+    v = predictions.from_v(schedule, x_t, t, output)
+    close(predictions.to_v(schedule, t, v), output, atol=3e-6)
+    close(q_sample(schedule, v.x_0, t, v.eps), x_t, atol=3e-6)
+    score = predictions.from_score(schedule, x_t, t, output)
+    close(predictions.to_score(schedule, t, score), output, rtol=1e-6, atol=1e-7)
+    alpha = exact.alpha[t][:, None]
+    error = q_sample(schedule, score.x_0, t, score.eps) - x_t
+    assert (abs(error) * alpha < 3e-6).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equation_11(name):
+    """(x_t - beta_t/sqrt(1 - abar_t) eps)/sqrt(1 - beta_t) is the posterior mean at x_0(eps)."""
+    schedule, exact = pair(name, 1000)
+    last = 999 if name == "jsd" else 1000
+    t = np.arange(1, last + 1)
+    x_t, eps = np.float32(np.random.default_rng(7).normal(size=(2, last, 3)))
+    beta, sigma = exact.beta[t][:, None], exact.sigma[t][:, None]
+    expected = (x_t - beta / sigma * eps) / np.sqrt(1 - beta)
+    prediction = predictions.from_eps(schedule, x_t, t, eps)
+    found = predictions.to_posterior_mean(schedule, x_t, t, prediction)
+    assert (abs(found - expected) < 3e-6 / np.sqrt(1 - beta)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clipping_keeps_x_0_in_range_and_derives_eps_anew(name):
+    schedule, exact = pair(name, 1000)
+    t = np.arange(1, 1001)[exact.alpha[1:] > 0]
+    x_t, eps = np.float32(np.random.default_rng(8).normal(size=(2, len(t), 3)))
+    variance = jnp.ones_like(x_t)
+    plain = predictions.from_eps(schedule, x_t, t, eps)._replace(log_variance=variance)
+    found = clipped(schedule, lambda x_t, t: plain)(x_t, t)
+    assert (abs(found.x_0) <= 1).all()
+    inside = abs(plain.x_0) <= 1
+    assert 0 < inside.sum() < inside.size
+    assert (found.x_0 == plain.x_0)[inside].all()
+    assert (abs(found.x_0) == 1)[~inside].all()
+    close(q_sample(schedule, found.x_0, t, found.eps), x_t, atol=1e-6)
+    assert found.log_variance is variance
+
+
+def test_clipping_to_another_range():
+    schedule = schedules.linear(10)
+    f = clipped(schedule, lambda x, t: predictions.from_x_0(schedule, x, t, x), 0.2, 0.5)
+    x = jnp.array([[-1.0, 0.3, 2.0]])
+    close(f(x, jnp.array([3])).x_0, [[0.2, 0.3, 0.5]], rtol=1e-6)
+
+
+def test_network_reads_as_eps_unless_told():
+    schedule = schedules.linear(10)
+    x, t = jnp.ones((2, 3)), jnp.array([1, 10])
+    network = lambda x, t: 0.1 * x * t[:, None]  # noqa: E731
+    assert (denoiser(schedule, network)(x, t).eps == network(x, t)).all()
+    read = denoiser(schedule, network, predictions.from_x_0)
+    assert (read(x, t).x_0 == network(x, t)).all()
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_output_of_another_shape_is_refused(name):
+    schedule, x_t = schedules.linear(10), jnp.ones((2, 3, 3))
+    for shape in [(2, 3, 1), (1, 3, 3), (2, 3, 6), (2, 3)]:
+        with pytest.raises(ValueError, match="shapes must be equal"):
+            READINGS[name](schedule, x_t, jnp.array([1, 2]), jnp.ones(shape))
+
+
+def test_posterior_mean_of_another_shape_is_refused():
+    x_0 = jnp.ones((2, 3, 1))
+    with pytest.raises(ValueError, match="shapes must be equal"):
+        predictions.to_posterior_mean(
+            schedules.linear(10), jnp.ones((2, 3, 3)), jnp.array([1, 2]), Prediction(x_0, x_0)
+        )

@@ -1,0 +1,98 @@
+"""The real `main.py` in a process of its own, on a network small enough to compile in seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm import experiment
+from ddpm.training import sharding
+from ddpm.training.checkpoints import Checkpoints
+from ddpm.training.state import init
+
+ROOT = Path(__file__).parents[1]
+# Eight steps over the digits; T = 20 keeps sampling short.
+TINY = {
+    "model.channels": 8,
+    "model.num_groups": 4,
+    "model.channel_multipliers": "(1,)",
+    "model.attention_resolutions": "()",
+    "model.dropout": 0.1,
+    "diffusion.num_steps": 20,
+    "training.steps": 8,
+    "training.batch_size": 8,
+    "training.warmup_steps": 0,
+    "training.log_every": 2,
+    "training.checkpoint_every": 2,
+    "sampling.num_samples": 5,
+    "sampling.batch_size": 4,
+}
+
+
+def command(workdir, *extra, **overrides):
+    """The command line of a tiny run; overrides as model__channels=4."""
+    config = TINY | {key.replace("__", "."): value for key, value in overrides.items()}
+    flags = [f"--config.{key}={value}" for key, value in config.items()]
+    return [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}", *flags, *extra]
+
+
+def environment(**extra):
+    return os.environ | {"JAX_PLATFORMS": "cpu"} | extra
+
+
+def run(arguments, **options):
+    """Waits for the end; the completed process with its output as text."""
+    return subprocess.run(
+        arguments, capture_output=True, text=True, env=environment(), timeout=300, **options
+    )
+
+
+def start(arguments, **extra):
+    """In the background."""
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**extra),
+    )
+
+
+def kill_after(arguments, seconds):
+    """SIGKILL after that long, unless it ended before; its exit code."""
+    process = start(arguments)
+    try:
+        process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    return process.returncode
+
+
+def wait_for(condition, seconds=120.0):
+    """Polls until condition() holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def final_state(workdir):
+    """(step, every array of the newest checkpoint), read by the config in the run folder."""
+    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    built = experiment.build(config, (8, 8, 1))
+    shapes = jax.eval_shape(lambda: init(built.model, built.optimizer, built.image_shape, 0))
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    items = {name: getattr(shapes, name) for name in ("params", "ema_params", "opt_state")}
+    placed = sharding.replicated(sharding.data_mesh())
+    found = checkpoints.restore(sharding.abstract_like(items, placed), print)
+    checkpoints.close()
+    assert found is not None
+    return found[1]["step"], [np.asarray(x) for x in jax.tree.leaves(found[0])]

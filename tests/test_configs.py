@@ -1,0 +1,69 @@
+"""Every config file: loaded, valid, its network built in full, and one step taken at toy size."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm import experiment
+from ddpm.config import validate
+from ddpm.training.checkpoints import parameter_count
+from ddpm.training.state import Metrics, init, make_train_step
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+SHAPES = {"digits": (8, 8, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+PARAMETERS = {"cifar10": 35_746_307, "celebahq256": 113_673_219, "lsun_church256": 113_673_219,
+              "lsun_bedroom256": 113_673_219, "lsun_cat256": 113_673_219}  # fmt: skip
+
+
+def load(file):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def shape_of(config):
+    if config.data.image_size:
+        return (*config.data.image_size, 3)
+    return SHAPES[config.data.name]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_config_is_valid_and_its_network_can_be_built(file):
+    config = load(file)
+    validate(config)
+    built = experiment.build(config, shape_of(config))
+    shapes = experiment.check_model(built.model, built.image_shape)
+    assert parameter_count(shapes) == PARAMETERS.get(file.stem, parameter_count(shapes))
+    assert f"--config=configs/{file.name}" in file.read_text(), "its docstring gives the command"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_config_takes_a_step_at_toy_size(file):
+    config = load(file)
+    height, width, channels = shape_of(config)
+    # The smallest image that has all the levels, with attention where it was.
+    shrink = min(height, width) // 2 ** (len(config.model.channel_multipliers) - 1)
+    shrink = max(d for d in range(1, shrink + 1) if not height % d and not width % d and d <= shrink
+                 and all(r % d == 0 for r in config.model.attention_resolutions))  # fmt: skip
+    config.model.attention_resolutions = tuple(
+        r // shrink for r in config.model.attention_resolutions
+    )
+    config.model.update(channels=8, num_groups=8, num_res_blocks=1)
+    config.training.warmup_steps = 0
+    shape = (height // shrink, width // shrink, channels)
+    built = experiment.build(config, shape)
+    step = jax.jit(
+        make_train_step(built.model, built.schedule, built.optimizer, ema_decay=0.9, seed=0)
+    )
+    images = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8)
+    start = jax.jit(lambda: init(built.model, built.optimizer, shape, 0))()
+    state, metrics = step(start, Metrics.zero(), images)
+    assert 0.1 < float(metrics.loss) < 10
+    assert int(metrics.first_bad_step) == -1
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), start.params, state.params)
+    assert moved["conv_out"]["kernel"]

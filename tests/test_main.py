@@ -1,0 +1,116 @@
+"""Bad input: one line that says what and where, exit code 2, nothing overwritten or lost."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import runs
+
+
+def fails(arguments, *said, code=2):
+    done = runs.run(arguments)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(lines) == 1, done.stderr
+    for words in said:
+        assert words in lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    done = runs.run(runs.command(workdir, training__steps=2))
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.model.chanels=8"], ["model.chanels", "did you mean 'model.channels'"]),
+        (["--config.training.batch_size=many"], ["batch_size"]),
+        (["--config.diffusion.schedule=liner"], ["did you mean 'linear'"]),
+        (["--config=configs/nothing.py"], ["configs/nothing.py"]),
+        (["--mode=trian"], ["must be one of train, sample", "did you mean 'train'"]),
+        (["--wrkdir=x"], ["wrkdir"]),
+        (["runs/new"], ["unexpected argument 'runs/new'"]),
+    ],
+)
+def test_wrong_flag(tmp_path, flags, said):
+    fails(runs.command(tmp_path / "run", *flags), *said)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"data__name": "cifar11"}, ["cifar11", "cifar10"]),
+        ({"model__channel_multipliers": "(1,1,1,1,1)"}, ["8x8 cannot be halved 4 times"]),
+        ({"diffusion__schedule": "betas", "diffusion__betas": "(0.1,1.0,0.2)"}, ["beta_2 = 1"]),
+        ({"data__name": "folder"}, ["config.data.path is empty"]),
+    ],
+)
+def test_wrong_value(tmp_path, overrides, said):
+    fails(runs.command(tmp_path / "run", **overrides), *said)
+    assert not (tmp_path / "run").exists()
+
+
+def folder_run(tmp_path, pictures, **overrides):
+    options = {"data__name": "folder", "data__path": pictures, "data__image_size": "(8,8)"}
+    return runs.command(tmp_path / "run", **(options | overrides))
+
+
+def test_empty_folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    fails(folder_run(tmp_path, tmp_path / "pictures"), str(tmp_path / "pictures"))
+
+
+def test_broken_picture_is_named_or_skipped(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{i}.png")
+    (pictures / "torn.png").write_bytes((pictures / "0.png").read_bytes()[:200])
+    fails(folder_run(tmp_path, pictures), "torn.png")
+    done = runs.run(folder_run(tmp_path, pictures, data__broken_images="skip", training__steps=2))
+    assert done.returncode == 0, done.stderr
+    assert "torn.png" in done.stderr
+    assert "3 images of 8x8x3" in done.stderr
+
+
+def test_run_folder_of_another_network_is_left_alone(trained):
+    before = contents(trained)
+    fails(runs.command(trained, model__channels=12), "config.model.channels = 8, this one says 12")
+    assert contents(trained) == before
+
+
+def test_run_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    fails(runs.command(tmp_path / "file" / "run"), "cannot be written", "--workdir")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_sampling_without_a_checkpoint(tmp_path):
+    fails(runs.command(tmp_path / "run", "--mode=sample"), "no checkpoint in", "train first")
+    assert not (tmp_path / "run").exists()
+
+
+def test_diverging_run_stops_and_names_step_and_checkpoint(tmp_path):
+    # Warmed up over so many steps that the first ones are harmless, to a rate that overflows.
+    overrides = {
+        "training__learning_rate": 1e38,
+        "training__warmup_steps": 10**7,
+        "training__grad_clip": 0.0,
+        "training__steps": 100,
+        "training__checkpoint_every": 1,
+    }
+    fails(runs.command(tmp_path, **overrides), "is not finite at step", "checkpoints/", code=1)
+    step, arrays = runs.final_state(tmp_path)
+    assert step >= 1
+    assert all(np.isfinite(a).all() for a in arrays)

@@ -1,0 +1,111 @@
+"""Stopping and starting again loses nothing: the real command, killed, resumed, told to stop."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests import runs
+
+KILLS = int(os.environ.get("DDPM_KILLS", "3"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    began = time.monotonic()
+    done = runs.run(runs.command(workdir))
+    assert done.returncode == 0, done.stderr
+    return workdir, time.monotonic() - began
+
+
+def assert_same(workdir, uninterrupted):
+    step, arrays = runs.final_state(workdir)
+    expected_step, expected = runs.final_state(uninterrupted[0])
+    assert step == expected_step == 8
+    for a, b in zip(arrays, expected, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_run_leaves_samples_curves_metrics_and_checkpoints(uninterrupted):
+    workdir, _ = uninterrupted
+    assert (workdir / "samples" / "step_00000008.png").stat().st_size > 500
+    assert (workdir / "losses.png").stat().st_size > 5000
+    assert list((workdir / "tensorboard").iterdir())
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["6", "8"]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    for row in rows:
+        parts = [value for key, value in row.items() if key.startswith("loss_t")]
+        assert len(parts) > 3
+        assert min(parts) <= row["loss"] <= max(parts)
+
+
+def test_killed_at_random_moments_ends_in_the_same_weights(uninterrupted, tmp_path):
+    """DDPM_KILLS=20 kills twenty times, with as many steps to be killed in."""
+    rng = random.Random(int(os.environ.get("DDPM_KILL_SEED", time.time_ns())))
+    arguments = runs.command(tmp_path)
+    for _ in range(KILLS):
+        # From before the first step to after the last one.
+        if runs.kill_after(arguments, rng.uniform(0.1, 1.0) * uninterrupted[1]) == 0:
+            break
+    done = runs.run(arguments)
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_saves_and_the_same_command_goes_on(uninterrupted, tmp_path, number):
+    many = runs.command(tmp_path, training__steps=100_000, training__checkpoint_every=100_000)
+    process = runs.start(many)
+    metrics = tmp_path / "metrics.jsonl"
+    runs.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    last = said.splitlines()[-1]
+    assert last.startswith(f"{signal.Signals(number).name}: saved at step ")
+    stopped = int(last.split("saved at step ")[1].split()[0])
+    step, _ = runs.final_state(tmp_path)
+    assert step == stopped >= 4
+
+    done = runs.run(runs.command(tmp_path, training__steps=stopped + 2))
+    assert done.returncode == 0, done.stderr
+    assert f"going on at step {stopped}" in done.stderr
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == stopped + 2
+
+
+def test_truncated_checkpoint_falls_back_and_ends_in_the_same_weights(uninterrupted, tmp_path):
+    assert runs.run(runs.command(tmp_path, training__steps=6)).returncode == 0
+    files = (p for p in (tmp_path / "checkpoints" / "6" / "params").rglob("*") if p.is_file())
+    file = max(files, key=lambda p: p.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    done = runs.run(runs.command(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint 6 in" in done.stderr
+    assert "going on at step 4" in done.stderr
+    assert (tmp_path / "damaged_checkpoints" / "6").exists()
+    assert_same(tmp_path, uninterrupted)
+
+
+def test_samples_do_not_depend_on_the_batch_size(uninterrupted):
+    workdir, _ = uninterrupted
+    images = []
+    for batch_size in (5, 2):
+        done = runs.run(runs.command(workdir, "--mode=sample", sampling__batch_size=batch_size))
+        assert done.returncode == 0, done.stderr
+        npz, png, gif = done.stdout.split()
+        assert png.endswith("seed0_n5.png")
+        assert gif.endswith(".gif")
+        with np.load(npz) as file:
+            images.append(file["images"].astype(int))
+    assert images[0].shape == (5, 8, 8, 1)
+    assert images[0].std() > 10
+    # To rounding: a network's last bits may depend on the batch it runs in.
+    assert np.abs(images[0] - images[1]).max() <= 1
