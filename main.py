@@ -26,8 +26,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", "", "The run folder; runs/<name of the config> if empty.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of: {', '.join(_MODES)}.")
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Several processes: call jax.distributed.initialize() first."
+_DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    "",
+    "Several processes: 'auto' where JAX can tell (TPU pods, SLURM, Open MPI, Kubernetes), "
+    "else HOST:PORT,COUNT,INDEX, the same first two for all and an INDEX each.",
 )
 
 
@@ -110,8 +113,15 @@ def main(argv: Sequence[str]) -> None:
     from ddpm.modes.sample import sample
     from ddpm.modes.train import NotFinite, train
 
-    if _DISTRIBUTED.value:
+    if _DISTRIBUTED.value == "auto":
         jax.distributed.initialize()
+    elif _DISTRIBUTED.value:
+        try:
+            address, count, index = _DISTRIBUTED.value.split(",")
+            processes = int(count), int(index)
+        except ValueError:
+            fail(f"--distributed={_DISTRIBUTED.value}: must be 'auto' or HOST:PORT,COUNT,INDEX")
+        jax.distributed.initialize(address, *processes)
     config_flag: Any = flags.FLAGS["config"]
     name = Path(config_flag.config_filename).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name)

@@ -4,6 +4,7 @@ Nothing here goes by the log-SNR, so that an error in the library's way round is
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,9 +116,19 @@ def per_example(coefficient, x):
     return jnp.reshape(coefficient, jnp.shape(coefficient) + (1,) * (x.ndim - 1))
 
 
+class Levels(NamedTuple):
+    """alpha and sigma over t = 0..T, as arguments of a compiled function."""
+
+    alpha: jax.Array
+    sigma: jax.Array
+
+
+def levels(process):
+    return Levels(*(jnp.asarray(x, jnp.float32) for x in (process.alpha, process.sigma)))
+
+
 def _levels(process, t, x):
-    alpha, sigma = (jnp.asarray(c, jnp.float32) for c in (process.alpha, process.sigma))
-    return per_example(alpha[t], x), per_example(sigma[t], x)
+    return (per_example(table[t], x) for table in levels(process))
 
 
 def gaussian_denoiser(process, mean=0.0, variance=1.0):
@@ -141,7 +152,7 @@ def mixture_denoiser(process, weights, means, variance):
         centred = x_t[:, None, :] - alpha[..., None] * means
         logits = log_weights - 0.5 * (centred**2).sum(-1) / spread
         centred = (jax.nn.softmax(logits)[..., None] * centred).sum(1) / spread
-        # centred is E[x_t - alpha mean_k]/spread = -score.
+        # By now the score with its sign turned, from which all follows (Tweedie).
         return Prediction((x_t - sigma**2 * centred) / alpha, sigma * centred)
 
     return denoise

@@ -26,6 +26,8 @@ def sample(config: ConfigDict, workdir: Path) -> None:
     Sample i depends on config.sampling.seed and i alone. Writes workdir/samples/<name>.npz, .png
     (the first 100) and .gif (the first 25), the name made of step, sampler, seed and number.
     """
+    if jax.process_count() > 1:
+        raise InputError("--mode=sample runs in a single process: leave out --distributed")
     folder = workdir / "checkpoints"
     saved = saved_meta(folder)
     if saved is None:
@@ -70,6 +72,5 @@ def sample(config: ConfigDict, workdir: Path) -> None:
         params, min(CHAIN_SAMPLES, s.num_samples), seed=s.seed, snapshots=CHAIN_FRAMES
     )
     pictures.save_gif(out / f"{name}.gif", frames)
-    if jax.process_index() == 0:
-        for suffix in ("npz", "png", "gif"):
-            print(out / f"{name}.{suffix}")
+    for suffix in ("npz", "png", "gif"):
+        print(out / f"{name}.{suffix}")

@@ -90,6 +90,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     def draw(state: TrainState) -> None:
         step, params = int(state.step), state.ema_params if config.sampling.ema else state.params
         images = generator.samples(params, config.sampling.num_samples, seed=config.sampling.seed)
+        if not logbook.speaks:
+            return
         pictures.save_grid(workdir / "samples" / f"step_{step:08}.png", images)
         logbook.image(step, "samples", pictures.grid(images))
         plot_losses(logbook.path, workdir / "losses.png")
@@ -141,7 +143,8 @@ def open_run(config: ConfigDict, workdir: Path) -> Checkpoints:
         experiment.check_same_run(config, saved["config"], workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+        if jax.process_index() == 0:
+            (workdir / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
         return Checkpoints(folder, keep=config.training.checkpoints_kept)
     except OSError as error:
         raise InputError(

@@ -33,10 +33,13 @@ class Generator:
         sharding: NamedSharding | None = None,
     ) -> None:
         self.batch_size = batch_size
-        self._sharding = sharding
         shape = (batch_size, *image_shape)
 
-        def draw(params: Any, keys: jax.Array) -> jax.Array:
+        def draw(params: Any, seed: jax.Array, start: jax.Array) -> jax.Array:
+            indices = start + jnp.arange(batch_size)
+            if sharding is not None:
+                indices = jax.lax.with_sharding_constraint(indices, sharding)
+            keys = sample_keys(jax.random.key(seed), indices)
             x_0 = sample(keys, schedule, make_denoiser(params), shape, sampler=sampler)
             return to_uint8(x_0)
 
@@ -53,12 +56,9 @@ class Generator:
 
     def batches(self, params: Any, num_samples: int, *, seed: int) -> Iterator[np.ndarray]:
         """uint8[n, H, W, C], n <= batch_size, until num_samples have come."""
-        root = jax.random.key(seed)
         for start in range(0, num_samples, self.batch_size):
-            keys = sample_keys(root, np.arange(start, start + self.batch_size))
-            if self._sharding is not None:
-                keys = jax.device_put(keys, self._sharding)
-            yield _whole(self._draw(params, keys))[: num_samples - start]
+            images = self._draw(params, np.uint32(seed), np.int32(start))
+            yield _whole(images)[: num_samples - start]
 
     def samples(self, params: Any, num_samples: int, *, seed: int) -> np.ndarray:
         """All of them at once, uint8[num_samples, H, W, C]."""

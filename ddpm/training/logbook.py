@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -16,25 +17,30 @@ class Logbook:
     """Writes `metrics.jsonl` and TensorBoard files in a run folder; shows a bar, or plain lines.
 
     Starting again at `step` cuts off what was written after it, so that no step stands twice.
+    Of several processes only the first writes and speaks.
     """
 
     def __init__(self, workdir: Path, *, step: int, steps: int) -> None:
+        self._steps = steps
+        self._bar = None
+        self._mark = (step, time.perf_counter())
         self.path = workdir / "metrics.jsonl"
+        self.speaks = jax.process_index() == 0
+        if not self.speaks:
+            return
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        self._steps = steps
-        self._bar = (
-            tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
-            if sys.stderr.isatty()
-            else None
-        )
-        self._mark = (step, time.perf_counter())
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05
+            )
 
     def say(self, text: str) -> None:
         """One line, above the bar."""
-        say(text, self._bar)
+        if self.speaks:
+            say(text, self._bar)
 
     def start_clock(self, step: int) -> None:
         """Speed is counted from here: after compiling, after a pause for samples."""
@@ -49,6 +55,8 @@ class Logbook:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """A row of scalars, with the speed since the last one; a line where there is no bar."""
+        if not self.speaks:
+            return
         since, start = self._mark
         row = {"step": step, **values}
         if step > since:
@@ -70,10 +78,14 @@ class Logbook:
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """uint8[h, w, c] for TensorBoard."""
+        if not self.speaks:
+            return
         self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Ends the bar and the files."""
+        if not self.speaks:
+            return
         if self._bar is not None:
             self._bar.close()
         self._file.close()

@@ -146,9 +146,9 @@ def test_nothing_broadcasts_silently():
         q_sample(schedule, x, t, jnp.ones((3, 4, 2)))
     with pytest.raises(ValueError, match="shapes must be equal"):
         q_posterior(schedule, x, jnp.ones((1, 4, 1)), t)
-    with pytest.raises(ValueError, match="one value per example"):
+    with pytest.raises(ValueError, match="one per example"):
         q_sample(schedule, x, t[:, None], x)
-    with pytest.raises(ValueError, match="one value per example"):
+    with pytest.raises(ValueError, match="one per example"):
         q_sample(schedule, x, jnp.array([1]), x)
     with pytest.raises(ValueError, match="a \\(1,\\), b \\(2,\\)"):
         same_shape(a=jnp.ones(1), b=jnp.ones(2))

@@ -87,7 +87,7 @@ def test_prediction_of_another_shape_is_refused():
 def test_one_time_for_each_example():
     x_0 = jnp.zeros((4, 3))
     same = lambda x, t: Prediction(x, x)  # noqa: E731
-    with pytest.raises(ValueError, match="one value per example"):
+    with pytest.raises(ValueError, match="one per example"):
         losses.simple(schedules.linear(10), same, x_0, jnp.array([1, 2]), x_0)
 
 

@@ -1,0 +1,313 @@
+"""The UNet against a plain NumPy forward pass written from the paper and the authors' description."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm import UNet
+from ddpm.models.unet import conv3x3, time_embedding
+from tests.exact import close
+
+# --- The oracle, in float64
+
+
+def swish(x):
+    return x / (1 + np.exp(-x))
+
+
+def conv(p, x, stride=1):
+    """3x3 cross-correlation; pads one pixel all round, or below and right for stride 2."""
+    before = 1 if stride == 1 else 0
+    x = np.pad(x, ((0, 0), (before, 1), (before, 1), (0, 0)))
+    rows, columns = ((n - 3) // stride + 1 for n in x.shape[1:3])
+    out = np.zeros((len(x), rows, columns, p["kernel"].shape[-1])) + p["bias"]
+    for i in range(rows):
+        for j in range(columns):
+            patch = x[:, i * stride : i * stride + 3, j * stride : j * stride + 3]
+            out[:, i, j] += np.tensordot(patch, p["kernel"], 3)
+    return out
+
+
+def linear(p, x):
+    return x @ p["kernel"] + p["bias"]
+
+
+def norm(p, x, groups):
+    out = np.empty_like(x)
+    size = x.shape[-1] // groups
+    for g in range(groups):
+        part = x[..., g * size : (g + 1) * size]
+        mean, variance = (f(part, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.var))
+        out[..., g * size : (g + 1) * size] = (part - mean) / np.sqrt(variance + 1e-6)
+    return out * p["scale"] + p["bias"]
+
+
+def res_block(p, x, embedding, groups, dropped):
+    h = conv(p["conv_1"], swish(norm(p["norm_1"], x, groups)))
+    h = h + linear(p["time"], swish(embedding))[:, None, None]
+    h = swish(norm(p["norm_2"], h, groups))
+    h = conv(p["conv_2"], 0 * h if dropped else h)
+    return h + (linear(p["shortcut"], x) if "shortcut" in p else x)
+
+
+def attention(p, x, groups):
+    out = np.empty_like(x)
+    for b, h in enumerate(norm(p["norm"], x, groups)):
+        h = h.reshape(-1, h.shape[-1])
+        q, k, v = (linear(p[name], h) for name in ("query", "key", "value"))
+        weights = np.exp(q @ k.T / np.sqrt(h.shape[-1]))
+        weights /= weights.sum(1, keepdims=True)
+        out[b] = linear(p["out"], weights @ v).reshape(x.shape[1:])
+    return x + out
+
+
+def sinusoids(t, dimension):
+    """Of the authors' t, which begins at 0."""
+    half = dimension // 2
+    frequencies = 10_000.0 ** (-np.arange(half) / (half - 1))
+    angles = (np.float64(t) - 1)[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def forward(model, p, x, t, dropped=False):
+    levels, groups = len(model.channel_multipliers), model.num_groups
+    embedding = linear(p["time_1"], sinusoids(t, model.channels))
+    embedding = linear(p["time_2"], swish(embedding))
+
+    def block(name, h):
+        h = res_block(p[name], h, embedding, groups, dropped)
+        here = f"{name}_attention" in p
+        assert here == (min(h.shape[1:3]) in model.attention_resolutions)
+        return attention(p[f"{name}_attention"], h, groups) if here else h
+
+    h = conv(p["conv_in"], x)
+    stack = [h]
+    for level in range(levels):
+        for i in range(model.num_res_blocks):
+            h = block(f"down_{level}_{i}", h)
+            stack.append(h)
+        if level < levels - 1:
+            h = conv(p[f"downsample_{level}"], h, stride=2)
+            stack.append(h)
+    h = res_block(p["middle_0"], h, embedding, groups, dropped)
+    h = attention(p["middle_attention"], h, groups)
+    h = res_block(p["middle_1"], h, embedding, groups, dropped)
+    for level in range(levels - 1, -1, -1):
+        for i in range(model.num_res_blocks + 1):
+            h = block(f"up_{level}_{i}", np.concatenate([h, stack.pop()], axis=3))
+        if level:
+            h = conv(p[f"upsample_{level}"], np.kron(h, np.ones((1, 2, 2, 1))))
+    assert not stack
+    return conv(p["conv_out"], swish(norm(p["norm_out"], h, groups)))
+
+
+# --- Tiny networks with all weights random, those of the zero layers too
+
+TINY = {
+    "grey_square": (
+        UNet(4, (1, 2), 1, attention_resolutions=(4,), num_groups=2, dropout=0.5),
+        (4, 4, 1),
+    ),
+    "colour_oblong": (
+        UNet(4, (1, 1, 3), 2, attention_resolutions=(4, 1), num_groups=4, dropout=0.5),
+        (8, 4, 3),
+    ),
+    "other_output": (
+        UNet(6, (2,), 1, attention_resolutions=(), num_groups=3, dropout=0.5, out_channels=5),
+        (3, 5, 2),
+    ),
+}
+
+
+@functools.cache
+def network(name):
+    """A model, its weights and a batch."""
+    model, image = TINY[name]
+    rng = np.random.default_rng(30)
+    x, t = np.float32(rng.normal(size=(3, *image))), np.array([1, 500, 1000])
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
+    params = jax.tree.map(lambda p: np.float32(rng.normal(size=p.shape) * 0.4), shapes)
+    apply = jax.jit(lambda p, x, t: model.apply({"params": p}, x, t))
+    return model, params, x, t, apply
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_forward_pass(name):
+    model, params, x, t, apply = network(name)
+    expected = forward(model, jax.tree.map(np.float64, params), np.float64(x), t)
+    found = apply(params, x, t)
+    assert found.dtype == jnp.float32
+    assert np.std(expected) > 0.1
+    close(found, expected, rtol=1e-3, atol=1e-3 * np.std(expected))
+
+
+def test_dropout_acts_before_the_second_convolution():
+    """At a rate of 1 nothing but its bias is left of each block's branch."""
+    model, params, x, t, _ = network("grey_square")
+    model = model.copy(dropout=1.0)
+    found = model.apply({"params": params}, x, t, train=True, rngs={"dropout": jax.random.key(0)})
+    exact = jax.tree.map(np.float64, params)
+    close(found, forward(model, exact, np.float64(x), t, dropped=True), rtol=1e-3, atol=1e-3)
+
+
+def test_dropout_only_in_training():
+    model, params, x, t, apply = network("grey_square")
+
+    @jax.jit
+    def train(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return model.apply({"params": params}, x, t, train=True, rngs=rngs)
+
+    first, again, other = train(0), train(0), train(1)
+    assert (first == again).all()
+    assert (first != other).any()
+    assert (first != apply(params, x, t)).any()
+    without = model.copy(dropout=0.0)
+    rngs = {"dropout": jax.random.key(0)}
+    close(
+        without.apply({"params": params}, x, t, train=True, rngs=rngs),
+        apply(params, x, t),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_examples_do_not_see_each_other(name):
+    _, params, x, t, apply = network(name)
+    plain = apply(params, x, t)
+    others = np.concatenate([x[:1], 5 * x[1:] + 1]), np.array([1, 3, 70])
+    assert (apply(params, *others)[0] == plain[0]).all()
+    assert (apply(params, *others)[1:] != plain[1:]).all()
+    order = np.array([2, 0, 1])
+    close(apply(params, x[order], t[order]), plain[order], rtol=1e-5, atol=1e-5)
+
+
+def test_time_and_every_pixel_matter_everywhere():
+    """A skip or an attention left out would cut the middle off from the far corner."""
+    _, params, x, t, apply = network("colour_oblong")
+    plain = apply(params, x, t)
+    corner = x.copy()
+    corner[:, -1, -1] += 1
+    assert (apply(params, corner, t) != plain).all()
+    assert (apply(params, x, t - np.array([0, 1, 1]))[1:] != plain[1:]).all()
+
+
+# --- The paper's networks
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "parameters"),
+    [
+        (UNet(), 32, 35_746_307),
+        (UNet(128, (1, 1, 2, 2, 4, 4), 2, dropout=0.0), 256, 113_673_219),
+    ],
+    ids=["cifar10", "lsun256"],
+)
+def test_number_of_parameters_of_the_paper(model, size, parameters):
+    x, t = jnp.zeros((1, size, size, 3)), jnp.ones(1, int)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
+    assert sum(p.size for p in jax.tree.leaves(shapes)) == parameters
+
+
+def test_initial_weights():
+    """Uniform with variance scale/fan_avg, the scale of zero layers 1e-10; biases 0."""
+    model = UNet(32, (1, 2), 1, attention_resolutions=(), num_groups=8)
+    x, t = jnp.ones((2, 4, 4, 3)), jnp.array([1, 1000])
+    params = jax.jit(model.init)(jax.random.key(0), x, t)["params"]
+    zero_layers = 0
+    for path, p in jax.tree_util.tree_flatten_with_path(params)[0]:
+        *_, layer, kind = (key.key for key in path)
+        if kind != "kernel":
+            assert (p == (kind == "scale")).all()
+            continue
+        zero = layer in ("conv_2", "conv_out") or (layer == "out" and "attention" in path[-3].key)
+        zero_layers += zero
+        fans = np.prod(p.shape[:-2]) * np.array(p.shape[-2:])
+        std = np.sqrt((1e-10 if zero else 1) / fans.mean())
+        assert abs(p).max() <= std * np.sqrt(3) * 1.0001
+        close(p.std(), std, rtol=4 / np.sqrt(p.size))
+    assert zero_layers == 2 + 2 + 4 + 1 + 1  # down, middle, up; attention; out
+    # Next to nothing comes out at first.
+    out = jax.jit(model.apply)({"params": params}, x, t)
+    assert 0 < abs(out).max() < 1e-4
+
+
+# --- Parts
+
+
+def test_time_embedding():
+    t = np.arange(1, 1001)
+    found = time_embedding(jnp.asarray(t), 128)
+    # Float32 angles of up to 999 are good to some 1e-4, as in the authors' code.
+    close(found, sinusoids(t, 128), atol=2e-4)
+    close(found[0], np.repeat([0.0, 1.0], 64), atol=1e-7)
+    close(found[1, [0, 63, 64, 127]], [np.sin(1), 1e-4, np.cos(1), 1], rtol=1e-5)
+
+
+def test_time_embedding_of_odd_dimension_has_that_dimension():
+    assert time_embedding(jnp.array([1, 2]), 5).shape == (2, 5)
+
+
+def test_too_few_channels_for_a_time_embedding_are_refused():
+    """Of one frequency the formula's step is 1/0: the output would be NaN."""
+    x, t = jnp.zeros((1, 4, 4, 1)), jnp.ones(1, int)
+    with pytest.raises(ValueError, match="channels"):
+        jax.eval_shape(
+            UNet(2, (1,), 1, attention_resolutions=(), num_groups=1).init, jax.random.key(0), x, t
+        )
+
+
+@pytest.mark.parametrize(("stride", "rows"), [(1, (0, 1, 2)), (2, (0, 1))])
+def test_convolution_pads_with_stride_2_at_the_bottom_and_right_only(stride, rows):
+    """Which outputs see pixel (1, 2), and by which tap."""
+    x = np.zeros((1, 4, 6, 1), np.float32)
+    x[0, 1, 2] = 1
+    kernel = np.arange(1, 10, dtype=np.float32).reshape(3, 3, 1, 1)
+    layer = conv3x3(1, "conv", stride=stride)
+    out = layer.apply({"params": {"kernel": kernel, "bias": np.zeros(1, np.float32)}}, x)[0, ..., 0]
+    if stride == 1:
+        assert (out[0:3, 1:4] == kernel[::-1, ::-1, 0, 0]).all()
+        assert out.sum() == 45
+    else:
+        expected = np.zeros((2, 3))
+        expected[0, 0], expected[0, 1] = kernel[1, 2, 0, 0], kernel[1, 0, 0, 0]
+        assert (out == expected).all()
+
+
+# --- What cannot be built
+
+
+def build(model, height=8, width=8, channels=3):
+    x, t = jnp.zeros((2, height, width, channels)), jnp.ones(2, int)
+    return jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), x, t)[0])
+
+
+SMALL = UNet(8, (1, 2), 1, attention_resolutions=(4,), num_groups=4)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 8), (8, 12), (14, 8)])
+def test_any_channels_and_oblong_sizes(height, width, channels):
+    assert build(SMALL, height, width, channels).shape == (2, height, width, channels)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 7), (9, 8), (5, 5)])
+def test_size_that_cannot_be_halved_is_refused(height, width):
+    with pytest.raises(ValueError, match=f"{height}x{width} cannot be halved 1 times"):
+        build(SMALL, height, width)
+
+
+@pytest.mark.parametrize("resolutions", [(16,), (4, 2), (3,)])
+def test_attention_never_reached_is_refused(resolutions):
+    with pytest.raises(ValueError, match=r"never reached: the levels of 8x8 images are \[8, 4\]"):
+        build(SMALL.copy(attention_resolutions=resolutions))
+
+
+@pytest.mark.parametrize(("channels", "groups", "named"), [(8, 3, 8), (8, 16, 8), (12, 8, 12)])
+def test_channels_that_do_not_divide_into_groups_are_refused(channels, groups, named):
+    with pytest.raises(ValueError, match=f"{named} channels do not divide"):
+        build(SMALL.copy(channels=channels, num_groups=groups, channel_multipliers=(1, 1)))

@@ -1,0 +1,285 @@
+"""Whole chains on closed-form denoisers: what they must converge to, and how they are seeded."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.spatial.distance import cdist
+
+from ddpm import (
+    ancestral,
+    clipped,
+    ddim,
+    denoiser,
+    fixed_large,
+    fixed_small,
+    sample,
+    sample_chain,
+    sample_keys,
+    schedules,
+)
+from ddpm.sampling.samplers import times
+from tests.exact import NAMES, close, gaussian_denoiser, levels, mixture_denoiser, pair
+
+MEAN, VARIANCE = 0.4, 0.25
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "sampler"))
+def gaussian_samples(key, schedule, exact_levels, shape, sampler):
+    exact = gaussian_denoiser(exact_levels, MEAN, VARIANCE)
+    return sample(key, schedule, exact, shape, sampler=sampler)
+
+
+def run(name, num_steps, shape, sampler, seed=0):
+    schedule, exact = pair(name, num_steps)
+    key = jax.random.key(seed)
+    return np.asarray(gaussian_samples(key, schedule, levels(exact), shape, sampler))
+
+
+TWINS = {
+    (num_steps, steps): (ddim(1.0, steps=steps), ancestral(fixed_small, steps=steps))
+    for num_steps, steps in ((1, None), (7, None), (7, 3), (1000, None), (1000, 30), (1000, 1))
+}
+
+
+@pytest.mark.parametrize(("num_steps", "steps"), TWINS)
+@pytest.mark.parametrize("name", NAMES)
+def test_ddim_of_eta_1_is_ancestral_sampling(name, num_steps, steps):
+    first, second = (run(name, num_steps, (4, 3), s) for s in TWINS[num_steps, steps])
+    close(first, second, atol=2e-5)
+
+
+def test_ddim_of_eta_1_is_ancestral_sampling_with_a_clipped_network():
+    """The same only if eps is derived anew from the clipped x_0."""
+    schedule = schedules.linear(100)
+    network = lambda x, t: jnp.sin(3 * x + 0.1 * t[:, None])  # noqa: E731
+    clipping = clipped(schedule, denoiser(schedule, network))
+    first, second = (
+        sample(jax.random.key(0), schedule, clipping, (4, 3), sampler=sampler)
+        for sampler in (ddim(1.0, steps=40), ancestral(fixed_small, steps=40))
+    )
+    close(first, second, atol=2e-5)
+    assert (abs(first) <= 1).all()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid", "jsd"])
+def test_ddim_converges_to_the_flow_of_gaussian_data_in_first_order(name):
+    """x - alpha m scales with the marginal's standard deviation along the probability flow."""
+    schedule, exact = pair(name, 1000)
+    key = jax.random.key(1)
+    denoise = gaussian_denoiser(exact, MEAN, VARIANCE)
+    x_T = sample_chain(key, schedule, denoise, (4, 3), sampler=ddim(steps=1), snapshots=1).x_t[0]
+    spread = exact.alpha_bar[-1] * VARIANCE + exact.variance[-1]
+    expected = MEAN + np.sqrt(VARIANCE / spread) * (x_T - exact.alpha[-1] * MEAN)
+    errors = [
+        abs(run(name, 1000, (4, 3), ddim(steps=steps), seed=1) - expected).max()
+        for steps in (50, 100, 1000)
+    ]
+    assert 1.6 < errors[0] / errors[1] < 2.5
+    assert errors[2] < errors[1] / 7
+    assert errors[2] < 0.01
+
+
+def chain_moments(exact, t, variance_of):
+    """Mean and variance of x at the end of an affine Gaussian chain, in float64."""
+    mean, variance = 0.0, 1.0
+    for t, s in zip(t[:-1], t[1:], strict=True):  # noqa: B020
+        gain = exact.alpha[t] * VARIANCE / (exact.alpha_bar[t] * VARIANCE + exact.variance[t])
+        of_x_0, of_x_t, added = variance_of(exact, s, t)
+        slope = of_x_0 * gain + of_x_t
+        mean = slope * mean + of_x_0 * MEAN * (1 - gain * exact.alpha[t])
+        variance = slope**2 * variance + (added if s else 0)
+    return mean, variance
+
+
+def large(exact, s, t):
+    return (*exact.posterior(s, t)[:2], exact.step_beta(s, t))
+
+
+def partly(eta, exact, s, t):
+    """DDIM with eps = (x_t - alpha_t x_0)/sigma_t put in."""
+    added = eta**2 * exact.posterior(s, t)[2]
+    of_eps = np.sqrt(exact.variance[s] - added) / exact.sigma[t]
+    return exact.alpha[s] - of_eps * exact.alpha[t], of_eps, added
+
+
+@pytest.mark.parametrize(
+    ("sampler", "variance_of", "num_steps"),
+    [
+        (ancestral(fixed_small, steps=20), lambda e, s, t: e.posterior(s, t), 1000),
+        (ancestral(fixed_large, steps=20), large, 1000),
+        (ancestral(), large, 60),
+        (ddim(0.5, steps=20), functools.partial(partly, 0.5), 1000),
+        (ddim(steps=20), functools.partial(partly, 0.0), 1000),
+    ],
+    ids=["small", "large", "all", "half", "none"],
+)
+@pytest.mark.parametrize("name", ["linear", "cosine", "jsd"])
+def test_moments_of_samples_are_those_of_the_chain(name, sampler, variance_of, num_steps):
+    """The noise of two steps, or of two samples, being the same would show here."""
+    _, exact = pair(name, num_steps)
+    mean, variance = chain_moments(exact, times(num_steps, sampler.steps), variance_of)
+    x = np.float64(run(name, num_steps, (10_000, 2), sampler))
+    assert abs(x.mean() - mean) < 4 * np.sqrt(variance / x.size)
+    assert abs(x.var() / variance - 1) < 4 * np.sqrt(2 / x.size)
+    assert abs(np.corrcoef(x.T)[0, 1]) < 4 / np.sqrt(len(x))
+    assert abs(np.corrcoef(x[1:, 0], x[:-1, 0])[0, 1]) < 4 / np.sqrt(len(x))
+    assert stats.kstest(x.ravel(), stats.norm(mean, np.sqrt(variance)).cdf).pvalue > 1e-4
+
+
+WEIGHTS, SPREAD = np.array([0.2, 0.3, 0.5]), 0.04
+CENTRES = np.array([[-1.0, 0.0], [1.0, 1.0], [0.5, -1.0]])
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        ancestral(fixed_small, steps=250),
+        ancestral(fixed_large),
+        ddim(steps=100),
+        ddim(1.0, steps=250),
+    ],
+    ids=["small", "large", "ddim", "ddim1"],
+)
+def test_mixture_is_sampled_in_its_shares_and_shape(sampler):
+    n = 1500
+    schedule, exact = pair("linear", 1000)
+    denoise = mixture_denoiser(exact, WEIGHTS, CENTRES, SPREAD)
+    found = np.asarray(
+        jax.jit(lambda key: sample(key, schedule, denoise, (n, 2), sampler=sampler))(
+            jax.random.key(2)
+        )
+    )
+    shares = np.bincount(cdist(found, CENTRES).argmin(1), minlength=3) / n
+    assert (abs(shares - WEIGHTS) < 4 * np.sqrt(WEIGHTS * (1 - WEIGHTS) / n)).all()
+
+    rng = np.random.default_rng(24)
+    true = CENTRES[rng.choice(3, n, p=WEIGHTS)] + SPREAD**0.5 * rng.normal(size=(n, 2))
+    both = np.concatenate([found, true])
+    distance = cdist(both, both)
+
+    def energy(signs):
+        return -signs @ distance @ signs / n**2
+
+    signs = np.repeat([1.0, -1.0], n)
+    null = [energy(rng.permutation(signs)) for _ in range(100)]
+    # Beyond all of a hundred permutations by half of their range: not by chance.
+    assert energy(signs) < 1.5 * max(null)
+
+
+# --- Seeding
+
+
+@pytest.mark.parametrize("sampler", [ancestral(), ddim(0.5, steps=3)])
+def test_sample_does_not_depend_on_its_batch(sampler):
+    few, many = (run("linear", 7, (n, 4, 4, 1), sampler) for n in (3, 7))
+    assert (few == many[:3]).all()
+    assert len({x.tobytes() for x in many}) == 7
+
+
+def test_key_is_split_by_the_samples_numbers():
+    schedule, exact = pair("linear", 7)
+    denoise = gaussian_denoiser(exact, MEAN, VARIANCE)
+    key = jax.random.key(3)
+    together = sample(key, schedule, denoise, (4, 2))
+    for numbers in ([2, 0], [3, 1]):
+        apart = sample(sample_keys(key, np.array(numbers)), schedule, denoise, (2, 2))
+        assert (apart == together[np.array(numbers)]).all()
+
+
+def test_another_key_is_another_sample():
+    first, second = (run("linear", 7, (3, 2), ancestral(), seed) for seed in (0, 1))
+    assert (first != second).all()
+
+
+def test_number_of_keys_must_be_that_of_samples():
+    schedule, exact = pair("linear", 7)
+    keys = sample_keys(jax.random.key(0), np.arange(3))
+    with pytest.raises(ValueError, match="one key, or one each"):
+        sample(keys, schedule, gaussian_denoiser(exact), (4, 2))
+
+
+def test_more_steps_than_times_are_refused():
+    schedule, exact = pair("linear", 7)
+    with pytest.raises(ValueError, match="between 1 and T = 7"):
+        sample(jax.random.key(0), schedule, gaussian_denoiser(exact), (4, 2), sampler=ddim(steps=8))
+
+
+def test_fixed_large_is_the_default():
+    schedule, exact = pair("linear", 7)
+    denoise = gaussian_denoiser(exact)
+    default = sample(jax.random.key(0), schedule, denoise, (4, 2))
+    large = sample(
+        jax.random.key(0), schedule, denoise, (4, 2), sampler=ancestral(fixed_large)
+    )
+    assert (default == large).all()
+
+
+def test_chain_starts_from_standard_noise_and_asks_at_its_times():
+    schedule, exact = pair("linear", 1000)
+    asked = []
+
+    def denoise(x_t, t):
+        assert t.shape == (2000,)
+        jax.debug.callback(lambda t: asked.append(int(t[0])), t)
+        return gaussian_denoiser(exact)(x_t, t)
+
+    chain = sample_chain(
+        jax.random.key(4), schedule, denoise, (2000, 5), sampler=ddim(steps=6), snapshots=1
+    )
+    jax.effects_barrier()
+    assert asked == times(1000, 6)[:-1].tolist()
+    assert stats.kstest(np.asarray(chain.x_t[0]).ravel(), stats.norm.cdf).pvalue > 1e-4
+
+
+# --- Snapshots
+
+
+@pytest.mark.parametrize("snapshots", [1, 2, 4, 7, 50])
+def test_snapshots_change_nothing(snapshots):
+    schedule, exact = pair("linear", 20)
+    denoise, key = gaussian_denoiser(exact, MEAN, VARIANCE), jax.random.key(5)
+    sampler = ancestral(steps=7)
+    chain = sample_chain(
+        key, schedule, denoise, (3, 2), sampler=sampler, snapshots=snapshots
+    )
+    kept = min(snapshots, 7)
+    assert chain.x_t.shape == chain.predicted_x_0.shape == (kept, 3, 2)
+    assert chain.times.shape == (kept,)
+    assert (chain.x_0 == sample(key, schedule, denoise, (3, 2), sampler=sampler)).all()
+    whole = times(20, 7)
+    assert chain.times[0] == 20
+    assert set(chain.times) <= set(whole[:-1])
+    assert (np.diff(chain.times) < 0).all()
+    if kept > 1:
+        assert chain.times[-1] == whole[-2]
+    for t, x_t, x_0 in zip(chain.times, chain.x_t, chain.predicted_x_0, strict=True):
+        close(x_0, denoise(x_t, np.full(3, t)).x_0, rtol=1e-5, atol=1e-6)
+
+
+def test_snapshots_are_one_step_apart():
+    schedule, exact = pair("linear", 20)
+    denoise, sampler = gaussian_denoiser(exact, MEAN, VARIANCE), ddim(steps=7)
+    chain = sample_chain(
+        jax.random.key(6), schedule, denoise, (3, 2), sampler=sampler, snapshots=7
+    )
+    t = times(20, 7)
+    assert (chain.times == t[:-1]).all()
+    for i, x_s in enumerate([*chain.x_t[1:], chain.x_0]):
+        prediction = denoise(chain.x_t[i], jnp.full(3, t[i]))
+        expected = sampler.step(schedule, prediction, chain.x_t[i], t[i], t[i + 1], jnp.nan)
+        # No noise is used: it would be NaN times 0.
+        expected = sampler.step(schedule, prediction, chain.x_t[i], t[i], t[i + 1], 0.0)
+        close(x_s, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_snapshots():
+    schedule, exact = pair("linear", 20)
+    chain = sample_chain(
+        jax.random.key(6), schedule, gaussian_denoiser(exact), (3, 2), snapshots=0
+    )
+    assert chain.x_t.shape == (0, 3, 2)
+    assert chain.times.shape == (0,)
