@@ -21,11 +21,11 @@ def get_config() -> ConfigDict:
         num_groups=8,
     )
     config.training.update(
-        steps=2000,
+        steps=2500,
         batch_size=64,
-        learning_rate=1e-3,
-        warmup_steps=100,
-        ema_decay=0.995,
+        learning_rate=2e-3,
+        warmup_steps=200,
+        ema_decay=0.998,
         log_every=100,
         sample_every=0,
         checkpoint_every=500,
