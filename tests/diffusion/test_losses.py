@@ -79,9 +79,9 @@ def test_prediction_of_another_shape_is_refused():
     x_0 = jnp.zeros((4, 2, 2, 3))
     t = jnp.array([1, 2, 3, 4])
     for shape in [(4, 2, 2, 1), (1, 2, 2, 3), (4, 2, 2, 6)]:
-        wrong = lambda x, t, shape=shape: Prediction(jnp.zeros(shape), jnp.zeros(shape))
+        wrong = Prediction(jnp.zeros(shape), jnp.zeros(shape))
         with pytest.raises(ValueError, match="shapes must be equal"):
-            losses.simple(schedules.linear(10), wrong, x_0, t, x_0)
+            losses.simple(schedules.linear(10), lambda x, t: wrong, x_0, t, x_0)  # noqa: B023
 
 
 def test_one_time_for_each_example():

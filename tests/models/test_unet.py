@@ -1,4 +1,4 @@
-"""The UNet against a plain NumPy forward pass written from the paper and the authors' description."""
+"""The UNet against a plain NumPy forward pass, written from the description of the authors' one."""
 
 import functools
 

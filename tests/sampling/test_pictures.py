@@ -13,7 +13,10 @@ def images(n, channels, height=2, width=3):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("gap", [0, 1, 2])
-@pytest.mark.parametrize(("n", "columns", "layout"), [(6, 3, (2, 3)), (5, None, (2, 3)), (4, None, (2, 2)), (1, None, (1, 1)), (2, 5, (1, 5))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "columns", "layout"),
+    [(6, 3, (2, 3)), (5, None, (2, 3)), (4, None, (2, 2)), (1, None, (1, 1)), (2, 5, (1, 5))],
+)
 def test_grid_places_every_image_row_by_row(n, columns, layout, gap, channels):
     x = images(n, channels)
     sheet = grid(x, columns=columns, gap=gap)
@@ -60,7 +63,9 @@ def test_gif_has_every_frame_and_rests_on_the_last(tmp_path, channels):
     with Image.open(tmp_path / "chain.gif") as gif:
         assert gif.n_frames == 5
         assert gif.info["loop"] == 0
-        read = [(f.info["duration"], np.asarray(f.convert("RGB"))) for f in ImageSequence.Iterator(gif)]
+        read = [
+            (f.info["duration"], np.asarray(f.convert("RGB"))) for f in ImageSequence.Iterator(gif)
+        ]
     assert [duration for duration, _ in read] == [50, 50, 50, 50, 2000]
     for (_, found), x in zip(read, frames, strict=True):
         expected = np.asarray(to_picture(grid(x), least_side=400).convert("RGB"))
