@@ -21,6 +21,7 @@ from ddpm.diffusion.gaussian import (
     normal_kl,
     posterior_coefficients,
     q_sample,
+    same_shape,
 )
 from ddpm.diffusion.losses import per_example_mean
 from ddpm.diffusion.predictions import Denoiser, Prediction, to_posterior_mean
@@ -71,8 +72,13 @@ def bits_per_dim(
       variance: of the reverse steps, where the denoiser does not learn it.
       times: rising, 1..T if left out; a shorter list gives the bound of the chain over those.
       floor: the decoder's least probability (`decoder_log_likelihood`).
+
+    Raises ValueError for other times or for a prediction that is not in the shape of x_0.
     """
-    times = np.arange(1, schedule.num_steps + 1) if times is None else np.asarray(times)
+    last = schedule.num_steps
+    times = np.arange(1, last + 1) if times is None else np.asarray(times)
+    if times.ndim != 1 or not times.size or (np.diff([0, *times, last + 1]) < 1).any():
+        raise ValueError(f"times {times.tolist()}: must rise within 1..T = {last}")
 
     def noised(t: jax.Array) -> tuple[jax.Array, Prediction]:
         eps = jax.random.normal(jax.random.fold_in(key, t), x_0.shape, x_0.dtype)
@@ -114,6 +120,7 @@ def step_kl(
     The two means differ by their x_0 alone; subtracting the means themselves would lose all digits
     at large t, where both are nearly x_t.
     """
+    same_shape(x_0=x_0, prediction=prediction.x_0)
     t = jnp.asarray(t)
     s = t - 1 if s is None else s
     of_x_0, _ = posterior_coefficients(schedule.between(s, t))
@@ -137,6 +144,7 @@ def decoder_nll(
     floor: float = 1e-12,
 ) -> jax.Array:
     """L_0 in bits/dim, float32[B]: -log p(x_0 | x_t) at the first time t, usually 1."""
+    same_shape(x_0=x_0, x_t=x_t, prediction=prediction.x_0)
     t = jnp.asarray(t)
     s = jnp.zeros_like(t)
     mean = to_posterior_mean(schedule, x_t, t, prediction, s=s)

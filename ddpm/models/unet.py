@@ -35,11 +35,15 @@ def group_norm(num_groups: int, name: str) -> nn.GroupNorm:
 
 
 def time_embedding(t: jax.Array, dimension: int) -> jax.Array:
-    """Sinusoids of the authors' index t - 1 = 0..T-1: [B] -> [B, dimension], sines first."""
+    """Sinusoids of the authors' index t - 1 = 0..T-1: [B] -> [B, dimension], sines first.
+
+    An odd dimension ends in a zero.
+    """
     half = dimension // 2
     frequencies = jnp.exp(-jnp.log(1e4) / (half - 1) * jnp.arange(half))
     angles = (t - 1)[:, None] * frequencies
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    sinusoids = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(sinusoids, ((0, 0), (0, dimension % 2)))
 
 
 class ResBlock(nn.Module):
@@ -160,6 +164,8 @@ class UNet(nn.Module):
                 f"attention_resolutions {missed} never reached: the levels of {height}x{width} "
                 f"images are {resolutions}"
             )
+        if self.channels < 4:
+            raise ValueError(f"{self.channels} channels: the time embedding needs at least 4")
         for channels in {self.channels, *(self.channels * m for m in self.channel_multipliers)}:
             if channels % self.num_groups:
                 raise ValueError(

@@ -51,7 +51,10 @@ def save_gif(path: Path, frames: np.ndarray, *, milliseconds: int = 60) -> None:
 
 
 def save_npz(path: Path, batches: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:
-    """Batches as one array `images`, uint8 of `shape` in all, written as they come."""
+    """Batches as one array `images`, uint8 of `shape` in all, written as they come.
+
+    Raises ValueError, and leaves the file of before, if the batches are not that array.
+    """
 
     def write(temporary: Path) -> None:
         written = 0
@@ -62,7 +65,12 @@ def save_npz(path: Path, batches: Iterable[np.ndarray], shape: tuple[int, ...]) 
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for batch in batches:
-                file.write(np.ascontiguousarray(batch, np.uint8).tobytes())
+                if batch.dtype != np.uint8 or batch.shape[1:] != shape[1:]:
+                    raise ValueError(
+                        f"images of shape {batch.shape[1:]} in {batch.dtype} came for an array of "
+                        f"shape {shape} in uint8"
+                    )
+                file.write(batch.tobytes())
                 written += len(batch)
         if written != shape[0]:
             raise ValueError(f"{written} images came for an array of {shape}")
@@ -74,5 +82,8 @@ def _replace(path: Path, write) -> None:
     """Writes beside the path and renames: a file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    temporary.replace(path)
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

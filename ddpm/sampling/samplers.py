@@ -58,7 +58,10 @@ def ddim(eta: float = 0.0, *, steps: int | None = None) -> Sampler:
     """DDIM (Song et al. 2021, Eq. 12), deterministic at eta = 0.
 
     x_s = alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps + std z, std^2 = eta^2 beta-tilde.
+    Raises ValueError unless 0 <= eta <= 1.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta = {eta}: must be between 0 (deterministic) and 1 (ancestral)")
 
     def step(
         schedule: NoiseSchedule,
