@@ -12,16 +12,19 @@ def get_config() -> ConfigDict:
     """The config."""
     config = default()
     config.data.update(name="digits", flip=False)
+    # Images this small are lost in less noise than large ones: the linear schedule would spend half
+    # of its times where nothing is left to see.
+    config.diffusion.schedule = "cosine"
     config.model.update(
         channels=32,
         channel_multipliers=(1, 2),
         num_res_blocks=1,
-        attention_resolutions=(4,),
+        attention_resolutions=(),
         dropout=0.0,
         num_groups=8,
     )
     config.training.update(
-        steps=2500,
+        steps=2400,
         batch_size=64,
         learning_rate=2e-3,
         warmup_steps=200,
