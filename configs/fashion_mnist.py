@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     """The config."""
     config = default()
     config.data.update(name="fashion_mnist", flip=False)
+    config.diffusion.schedule = "cosine"
     config.model.update(
         channels=32,
         channel_multipliers=(1, 2, 2),
@@ -21,13 +22,13 @@ def get_config() -> ConfigDict:
         num_groups=8,
     )
     config.training.update(
-        steps=8000,
+        steps=4500,
         batch_size=32,
-        learning_rate=5e-4,
+        learning_rate=1.5e-3,
         warmup_steps=200,
-        ema_decay=0.999,
+        ema_decay=0.998,
         log_every=50,
-        sample_every=2000,
+        sample_every=1500,
         checkpoint_every=250,
     )
     return config

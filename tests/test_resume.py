@@ -46,16 +46,20 @@ def test_run_leaves_samples_curves_metrics_and_checkpoints(uninterrupted):
 
 
 def test_killed_at_random_moments_ends_in_the_same_weights(uninterrupted, tmp_path):
-    """DDPM_KILLS=20 kills twenty times, with as many steps to be killed in."""
+    """DDPM_KILLS=20 kills twenty times; a run that ends before that is compared, then another."""
     rng = random.Random(int(os.environ.get("DDPM_KILL_SEED", time.time_ns())))
-    arguments = runs.command(tmp_path)
-    for _ in range(KILLS):
+    kills, workdir = 0, tmp_path / "0"
+    while kills < KILLS:
         # From before the first step to after the last one.
-        if runs.kill_after(arguments, rng.uniform(0.1, 1.0) * uninterrupted[1]) == 0:
-            break
-    done = runs.run(arguments)
+        seconds = rng.uniform(0.1, 1.0) * uninterrupted[1]
+        if runs.kill_after(runs.command(workdir), seconds) == 0:
+            assert_same(workdir, uninterrupted)
+            workdir = tmp_path / str(kills + 1)
+        else:
+            kills += 1
+    done = runs.run(runs.command(workdir))
     assert done.returncode == 0, done.stderr
-    assert_same(tmp_path, uninterrupted)
+    assert_same(workdir, uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
