@@ -22,13 +22,13 @@ def get_config() -> ConfigDict:
         num_groups=8,
     )
     config.training.update(
-        steps=4500,
+        steps=2500,
         batch_size=32,
         learning_rate=1.5e-3,
         warmup_steps=200,
         ema_decay=0.998,
         log_every=50,
-        sample_every=1500,
+        sample_every=1250,
         checkpoint_every=250,
     )
     return config
