@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         fail(str(error))
     except (AttributeError, KeyError) as error:
-        fail(f"{_wrong_key(argv)}{str(error).splitlines()[0]}")
+        fail(_wrong_key(argv) or f"the config cannot be read: {str(error).splitlines()[0]}")
     except Exception as error:  # whatever a config file does
         fail(f"the config cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}")
 
@@ -84,7 +84,7 @@ def _wrong_key(argv: Sequence[str]) -> str:
     for argument in argv[1:]:
         key = argument.lstrip("-").split("=")[0].removeprefix("config.")
         if argument.startswith("--config.") and key not in known:
-            return f"--config.{key}: there is no such key{nearest(key, known)}; "
+            return f"--config.{key}: there is no such key{nearest(key, known)}"
     return ""
 
 
