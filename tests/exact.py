@@ -44,9 +44,22 @@ class Process:
         of_x_t = self.variance[s] * ratio / self.variance[t]
         return of_x_0, of_x_t, beta * self.variance[s] / self.variance[t]
 
+    def log_variance(self, t):
+        """log(1 - alpha_bar_t), also where that is nearly log 1."""
+        return _log_one_minus(self.alpha_bar[t], self.variance[t])
+
+    def log_step_beta(self, s, t):
+        """Log of the step's beta, also where that is nearly log 1."""
+        return _log_one_minus(self.alpha_bar[t] / self.alpha_bar[s], self.step_beta(s, t))
+
     def log_small(self, s, t):
         """Log of the posterior variance for s >= 1."""
-        return np.log(self.posterior(s, t)[2])
+        return self.log_step_beta(s, t) + self.log_variance(s) - self.log_variance(t)
+
+
+def _log_one_minus(x, one_minus_x):
+    with np.errstate(divide="ignore"):  # of the branch not taken
+        return np.where(x < 0.5, np.log1p(-np.minimum(x, 0.5)), np.log(one_minus_x))
 
 
 def _linear(num_steps):
@@ -92,6 +105,7 @@ BETAS = {
     "cosine": _cosine,
     "sigmoid": _sigmoid,
     "random": _random,
+    "steep": lambda n: np.full(n, 0.13),  # alpha_bar_1000 = 1e-61, less than any float32
 }
 MAKERS = {
     "linear": schedules.linear,
@@ -103,6 +117,7 @@ MAKERS = {
     "cosine": schedules.cosine,
     "sigmoid": schedules.sigmoid,
     "random": lambda n: schedules.from_betas(_random(n)),
+    "steep": lambda n: schedules.constant(n, 0.13),
 }
 NAMES = list(MAKERS)
 

@@ -51,7 +51,8 @@ def q_sample(schedule: NoiseSchedule, x_0: jax.Array, t: jax.Array, eps: jax.Arr
 def posterior_coefficients(step: Transition) -> tuple[jax.Array, jax.Array]:
     """Of x_0 and of x_t in the mean of q(x_s | x_t, x_0) (Eq. 7, any s < t); (1, 0) for s = 0."""
     of_x_0 = step.s.alpha * step.snr_loss
-    of_x_t = step.s.sigma_squared / step.t.sigma_squared * (step.t.alpha / step.s.alpha)
+    # sigma_s^2 alpha_{t|s} / sigma_t^2 without the alphas, of which one may be 0.
+    of_x_t = step.s.sigma / step.t.sigma * jnp.exp(-step.log_snr_drop / 2)
     return of_x_0, of_x_t
 
 
@@ -63,7 +64,7 @@ def q_posterior(
     *,
     s: jax.Array | None = None,
 ) -> Gaussian:
-    """q(x_s | x_t, x_0) for s < t; s is t - 1 if left out (Eqs. 6 and 7).
+    """q(x_s | x_t, x_0) for s < t; s is t - 1 if left out (Eqs. 6 and 7). NaN for s > t.
 
     At s = 0 the variance is 0 and the log-variance that of `fixed_small`, which is finite.
     """
@@ -92,8 +93,7 @@ def fixed_small(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = 
     last = schedule.num_steps
     step = schedule.between(jnp.where(first, t, s), jnp.where(first, jnp.minimum(2 * t, last), t))
     alone = first & (t == last)
-    log_variance = step.s.log_sigma_squared + jnp.log(jnp.where(alone, 1.0, step.snr_loss))
-    return log_variance
+    return step.s.log_sigma_squared + jnp.where(alone, 0.0, step.log_snr_loss)
 
 
 def fixed_large(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = None) -> jax.Array:
@@ -104,7 +104,7 @@ def fixed_large(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = 
     t = jnp.asarray(t)
     s = t - 1 if s is None else jnp.asarray(s)
     step = schedule.between(s, t)
-    large = step.t.log_sigma_squared + jnp.log(step.snr_loss)
+    large = step.t.log_sigma_squared + step.log_snr_loss
     return jnp.where(s == 0, fixed_small(schedule, t, s=s), large)
 
 

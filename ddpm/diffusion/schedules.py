@@ -30,7 +30,8 @@ class LogSNR(NamedTuple):
     @property
     def alpha(self) -> jax.Array:
         """sqrt(alpha_bar), the signal's coefficient."""
-        return jnp.sqrt(jax.nn.sigmoid(self.high))
+        # Not the root of alpha_bar, which underflows in float32 while its root is 1e-19.
+        return jnp.exp(-0.5 * jax.nn.softplus(-self.high))
 
     @property
     def sigma(self) -> jax.Array:
@@ -68,7 +69,8 @@ class NoiseSchedule(NamedTuple):
     def beta(self) -> jax.Array:
         """Variance of the noise added by step t, float32[T + 1]; 0 at t = 0."""
         t = jnp.arange(1, self.num_steps + 1)
-        return jnp.concatenate([jnp.zeros(1), self.between(t - 1, t).beta])
+        later = self.between(t - 1, t).beta
+        return jnp.concatenate([jnp.zeros(1, later.dtype), later])
 
     def at(self, t: jax.Array) -> LogSNR:
         """Log-SNR at integer times t in 0..T, in the shape of t; NaN outside 0..T."""
@@ -95,14 +97,24 @@ class Transition(NamedTuple):
 
     @property
     def log_snr_drop(self) -> jax.Array:
-        """log_snr_s - log_snr_t >= 0; +inf for s = 0."""
+        """log_snr_s - log_snr_t >= 0; +inf for s = 0, NaN for s > t."""
         # The difference of the high parts is exact for neighbours, so the low parts must join last.
-        return (self.s.high - self.t.high) + (self.s.low - self.t.low)
+        drop = (self.s.high - self.t.high) + (self.s.low - self.t.low)
+        return jnp.where(drop >= 0, drop, jnp.nan)
 
     @property
     def snr_loss(self) -> jax.Array:
         """1 - SNR_t / SNR_s, the share of the signal-to-noise ratio lost: 1 for s = 0."""
         return -jnp.expm1(-self.log_snr_drop)
+
+    @property
+    def log_snr_loss(self) -> jax.Array:
+        """log(1 - SNR_t / SNR_s), precise where nearly all is lost too: 0 for s = 0."""
+        drop = self.log_snr_drop
+        little = drop < 0.7
+        # Each form at a harmless place where the other is taken: no NaN in either's gradient.
+        near, far = jnp.where(little, drop, 1.0), jnp.where(little, 1.0, drop)
+        return jnp.where(little, jnp.log(-jnp.expm1(-near)), jnp.log1p(-jnp.exp(-far)))
 
     @property
     def beta(self) -> jax.Array:
@@ -177,7 +189,10 @@ def jsd(num_steps: int = 1000) -> NoiseSchedule:
 def warmup(
     fraction: float, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> NoiseSchedule:
-    """Linear over the first `fraction` of the steps, then beta_end ('warmup10', 'warmup50')."""
+    """Linear over the first `fraction` of the steps, then beta_end: 0.1 for the authors'
+    'warmup10', 0.5 for 'warmup50'. Raises ValueError for a fraction outside [0, 1]."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction = {fraction}: must be in [0, 1]")
     betas = np.full(num_steps, beta_end)
     rising = int(num_steps * fraction)
     betas[:rising] = np.linspace(beta_start, beta_end, rising)

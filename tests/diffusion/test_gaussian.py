@@ -71,7 +71,7 @@ def test_posterior_is_bayes_rule(name):
     q = q_posterior(schedule, column(np.full(len(t), x_0)), column(x_t), t, s=s)
     close(q.mean[:, 0], mean, rtol=1e-5, atol=1e-6)
     close(q.variance[:, 0], variance, rtol=1e-5)
-    close(q.log_variance[:, 0], np.log(variance), rtol=1e-5, atol=1e-5)
+    close(q.log_variance[:, 0], np.log(variance), rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ from ddpm.diffusion.gaussian import posterior_coefficients
 from ddpm.diffusion.timesteps import uniform
 from tests.exact import NAMES, Process, close, pair
 
+TINY = float(np.finfo(np.float32).tiny)  # what is smaller is 0 in float32
 # Compiled or not; short chains only compiled, for the tests' own speed.
 LENGTHS = [(1, True), (7, True), (1000, True), (1000, False)]
 
@@ -32,6 +33,7 @@ def two_times(schedule, s, t):
     return {
         "beta": step.beta,
         "snr_loss": step.snr_loss,
+        "log_snr_loss": step.log_snr_loss,
         "posterior_variance": step.posterior_variance,
         "of_x_0": of_x_0,
         "of_x_t": of_x_t,
@@ -66,7 +68,7 @@ def test_functions_of_one_time(name, num_steps, jitted):
     close(found["sigma_squared"], exact.variance, rtol=1e-5)
     # Near log 1 = 0 the logarithm keeps its relative accuracy too: log(1 - abar) = -abar.
     logs = np.concatenate([[-np.inf], np.log1p(-exact.alpha_bar[1:])])
-    close(found["log_sigma_squared"], logs, rtol=1e-5)
+    close(found["log_sigma_squared"], logs, rtol=1e-5, atol=TINY)
 
 
 @pytest.mark.parametrize(("num_steps", "jitted"), LENGTHS)
@@ -78,6 +80,10 @@ def test_functions_of_two_times(name, num_steps, jitted):
     of_x_0, of_x_t, variance = exact.posterior(s, t)
     close(found["beta"], exact.step_beta(s, t), rtol=1e-5)
     close(found["snr_loss"], exact.step_beta(s, t) / exact.variance[t], rtol=1e-5)
+    log_loss = exact.log_step_beta(s, t) - exact.log_variance(t)
+    into_data = s == 0  # where it is log 1
+    close(found["log_snr_loss"][~into_data], log_loss[~into_data], rtol=1e-5, atol=TINY)
+    close(found["log_snr_loss"][into_data], 0, atol=0)
     close(found["of_x_0"], of_x_0, rtol=1e-5)
     close(found["of_x_t"], of_x_t, rtol=1e-5)
     close(found["posterior_variance"], variance, rtol=1e-5)
@@ -91,8 +97,8 @@ def test_log_variances_of_later_steps(name, num_steps, jitted):
     later = s > 0
     small, large = (x[later] for x in compiled(log_variances, jitted)(schedule, s, t))
     s, t = s[later], t[later]
-    close(small, exact.log_small(s, t), rtol=1e-5, atol=1e-6)
-    close(large, np.log(exact.step_beta(s, t)), rtol=1e-5, atol=1e-6)
+    close(small, exact.log_small(s, t), rtol=1e-5, atol=TINY)
+    close(large, exact.log_step_beta(s, t), rtol=1e-5, atol=TINY)
 
 
 @pytest.mark.parametrize(("num_steps", "jitted"), LENGTHS)
@@ -102,11 +108,11 @@ def test_log_variance_into_the_data_is_that_of_the_step_before(name, num_steps, 
     schedule, exact = pair(name, num_steps)
     t = np.arange(1, num_steps + 1)
     before = np.minimum(2 * t, num_steps)
-    expected = np.full(num_steps, np.log(exact.variance[num_steps]))  # for a chain of one step
+    expected = np.full(num_steps, exact.log_variance(num_steps))  # for a chain of one step
     expected[:-1] = exact.log_small(t[:-1], before[:-1])
     small, large = compiled(log_variances, jitted)(schedule, np.zeros_like(t), t)
-    close(small, expected, rtol=1e-5, atol=1e-6)
-    close(large, expected, rtol=1e-5, atol=1e-6)
+    close(small, expected, rtol=1e-5, atol=TINY)
+    close(large, expected, rtol=1e-5, atol=TINY)
     assert np.isfinite(small).all()
 
 
@@ -201,6 +207,31 @@ def test_log_snr_gives_the_schedule_back(name):
     with np.errstate(divide="ignore"):
         log_snr = np.log(exact.alpha_bar[1:] / exact.variance[1:])
     close(schedules.from_log_snr(log_snr).beta, exact.beta, rtol=1e-5)
+
+
+def test_times_in_the_wrong_order_are_nan():
+    step = schedules.linear(7).between(5, 3)
+    assert np.isnan([step.beta, step.posterior_variance, *posterior_coefficients(step)]).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_log_variances_have_finite_gradients(name):
+    """By the table, as a learned schedule will need them."""
+    schedule, _ = pair(name, 7)
+    s, t = all_pairs(7)
+    s, t = s[(s > 0) & (t < 7)], t[(s > 0) & (t < 7)]
+
+    def total(log_snr):
+        small, large = log_variances(schedule._replace(log_snr=log_snr), s, t)
+        return small.sum() + large.sum()
+
+    assert np.isfinite(jax.grad(total)(schedule.log_snr)[1:]).all()
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5])
+def test_warmup_is_a_fraction(fraction):
+    with pytest.raises(ValueError, match=f"fraction = {fraction}"):
+        schedules.warmup(fraction)
 
 
 @pytest.mark.parametrize("jitted", [False, True])
