@@ -30,8 +30,8 @@ SCHEDULES: dict[str, Callable[[Any], NoiseSchedule]] = {
     "quadratic": lambda d: schedules.quadratic(d.num_steps, d.beta_start, d.beta_end),
     "constant": lambda d: schedules.constant(d.num_steps, d.beta_end),
     "jsd": lambda d: schedules.jsd(d.num_steps),
-    "warmup10": lambda d: schedules.warmup(0.1, d.num_steps, d.beta_start, d.beta_end),
-    "warmup50": lambda d: schedules.warmup(0.5, d.num_steps, d.beta_start, d.beta_end),
+    "warmup10": lambda d: schedules.warmup10(d.num_steps, d.beta_start, d.beta_end),
+    "warmup50": lambda d: schedules.warmup50(d.num_steps, d.beta_start, d.beta_end),
     "cosine": lambda d: schedules.cosine(d.num_steps),
     "sigmoid": lambda d: schedules.sigmoid(d.num_steps),
     "betas": lambda d: schedules.from_betas(d.betas),
@@ -96,10 +96,11 @@ def noise_schedule(config: ConfigDict) -> NoiseSchedule:
         schedule = SCHEDULES[config.diffusion.schedule](config.diffusion)
     except ValueError as error:
         raise InputError(f"config.diffusion: {error}") from error
-    if schedule.log_snr[-1] == -jnp.inf:
+    if not schedule.at(schedule.num_steps).alpha:
         raise InputError(
             f"config.diffusion.schedule = {config.diffusion.schedule!r} leaves no signal at t = T "
-            "(alpha_bar_T = 0), where eps alone does not tell x_0: choose another schedule"
+            "(alpha_T = 0 in float32), where eps alone does not tell x_0: choose another schedule, "
+            "or smaller betas"
         )
     return schedule
 

@@ -73,12 +73,17 @@ def bits_per_dim(
       times: rising, 1..T if left out; a shorter list gives the bound of the chain over those.
       floor: the decoder's least probability (`decoder_log_likelihood`).
 
-    Raises ValueError for other times or for a prediction that is not in the shape of x_0.
+    Raises ValueError for other times, for x_0 that is not scaled (of integers), or for a
+    prediction that is not in the shape of x_0.
     """
     last = schedule.num_steps
     times = np.arange(1, last + 1) if times is None else np.asarray(times)
-    if times.ndim != 1 or not times.size or (np.diff([0, *times, last + 1]) < 1).any():
-        raise ValueError(f"times {times.tolist()}: must rise within 1..T = {last}")
+    whole = times.ndim == 1 and times.size and np.issubdtype(times.dtype, np.integer)
+    if not whole or (np.diff([0, *times, last + 1]) < 1).any():
+        raise ValueError(f"times {times.tolist()}: must be integers that rise within 1..T = {last}")
+    if not jnp.issubdtype(x_0.dtype, jnp.floating):
+        raise ValueError(f"x_0 is of {x_0.dtype}: must be scaled to [-1, 1], k/127.5 - 1")
+    x_0 = x_0.astype(jnp.float32)
 
     def noised(t: jax.Array) -> tuple[jax.Array, Prediction]:
         eps = jax.random.normal(jax.random.fold_in(key, t), x_0.shape, x_0.dtype)

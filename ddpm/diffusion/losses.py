@@ -14,12 +14,14 @@ def simple(
     """L_simple (Eq. 14): |eps - eps_hat(x_t, t)|^2, the mean over dimensions.
 
     Args:
-      x_0: the data [B, ...]. t: int[B] in 1..T. eps: standard normal noise in the shape of x_0.
+      x_0: the data [B, ...]. t: int[B] in 1..T, or one for all.
+      eps: standard normal noise in the shape of x_0.
 
     Returns:
       float32[B], not reduced.
     """
-    predicted = denoiser(q_sample(schedule, x_0, t, eps), t).eps
+    x_t = q_sample(schedule, x_0, t, eps)
+    predicted = denoiser(x_t, jnp.broadcast_to(t, x_0.shape[:1])).eps
     same_shape(eps=eps, predicted=predicted)
     return per_example_mean((eps - predicted) ** 2)
 

@@ -35,8 +35,15 @@ def denoiser(schedule: NoiseSchedule, network: Network, reading: Reading | None 
     """The denoiser of a network (x_t, t) -> array of x_t's shape, its parameters closed over.
 
     `reading` says what the array means: `from_eps` (the paper's, and the default), `from_x_0`, ...
+    Raises ValueError where that does not tell x_0: of eps or the score, with no signal at t = T.
     """
     reading = reading or from_eps
+    known = not isinstance(schedule.log_snr, jax.core.Tracer)
+    if reading in (from_eps, from_score) and known and not schedule.at(schedule.num_steps).alpha:
+        raise ValueError(
+            f"the schedule leaves no signal at t = T = {schedule.num_steps} (alpha_T = 0), where "
+            "eps and the score do not tell x_0: let the network predict x_0 or v"
+        )
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
         return reading(schedule, x_t, t, network(x_t, t))
@@ -92,12 +99,17 @@ def from_score(
 
 
 def from_posterior_mean(
-    schedule: NoiseSchedule, x_t: jax.Array, t: jax.Array, mean: jax.Array
+    schedule: NoiseSchedule,
+    x_t: jax.Array,
+    t: jax.Array,
+    mean: jax.Array,
+    *,
+    s: jax.Array | None = None,
 ) -> Prediction:
-    """The mean of q(x_{t-1} | x_t, x_0), mu-tilde of Eq. 7, solved for x_0."""
+    """The mean of q(x_s | x_t, x_0), mu-tilde of Eq. 7, solved for x_0; s is t - 1 if left out."""
     same_shape(x_t=x_t, mean=mean)
     t = jnp.asarray(t)
-    of_x_0, of_x_t = posterior_coefficients(schedule.between(t - 1, t))
+    of_x_0, of_x_t = posterior_coefficients(schedule.between(t - 1 if s is None else s, t))
     return from_x_0(schedule, x_t, t, (mean - lift(of_x_t, x_t) * x_t) / lift(of_x_0, x_t))
 
 

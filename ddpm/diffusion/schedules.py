@@ -72,7 +72,7 @@ class NoiseSchedule(NamedTuple):
         later = self.between(t - 1, t).beta
         return jnp.concatenate([jnp.zeros(1, later.dtype), later])
 
-    def at(self, t: jax.Array) -> LogSNR:
+    def at(self, t: jax.typing.ArrayLike) -> LogSNR:
         """Log-SNR at integer times t in 0..T, in the shape of t; NaN outside 0..T."""
 
         def look_up(table: jax.Array) -> jax.Array:
@@ -189,14 +189,30 @@ def jsd(num_steps: int = 1000) -> NoiseSchedule:
 def warmup(
     fraction: float, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> NoiseSchedule:
-    """Linear over the first `fraction` of the steps, then beta_end: 0.1 for the authors'
-    'warmup10', 0.5 for 'warmup50'. Raises ValueError for a fraction outside [0, 1]."""
+    """Linear over the first `fraction` of the steps, then beta_end.
+
+    Raises ValueError for a fraction outside [0, 1].
+    """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction = {fraction}: must be in [0, 1]")
     betas = np.full(num_steps, beta_end)
     rising = int(num_steps * fraction)
     betas[:rising] = np.linspace(beta_start, beta_end, rising)
     return from_betas(betas)
+
+
+def warmup10(
+    num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> NoiseSchedule:
+    """`warmup` over a tenth of the steps, as named in the authors' code."""
+    return warmup(0.1, num_steps, beta_start, beta_end)
+
+
+def warmup50(
+    num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> NoiseSchedule:
+    """`warmup` over half of the steps, as named in the authors' code."""
+    return warmup(0.5, num_steps, beta_start, beta_end)
 
 
 def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:

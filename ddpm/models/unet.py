@@ -104,11 +104,15 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, *, train: bool = False) -> jax.Array:
-        """x [B, H, W, C], t [B] (the paper's 1..T) -> [B, H, W, out_channels].
+        """x [B, H, W, C], t [B] (the paper's 1..T; or one for all) -> [B, H, W, out_channels].
 
-        Raises ValueError for a size that cannot be halved, an attention resolution never reached,
-        or channels that do not divide into groups. train=True needs rngs={"dropout": key}.
+        Raises ValueError for x that is not [B, H, W, C], a size that cannot be halved, an attention
+        resolution never reached, or channels that do not divide into groups. train=True needs
+        rngs={"dropout": key}.
         """
+        if x.ndim != 4:
+            raise ValueError(f"expected images [B, H, W, C], got {x.shape}")
+        t = jnp.broadcast_to(t, x.shape[:1])
         levels = range(len(self.channel_multipliers))
         resolutions = self._resolutions(*x.shape[1:3])
 

@@ -60,6 +60,8 @@ def sample_chain(
     """As `sample`, keeping `snapshots` evenly spread moments of the chain, x_T the first."""
     sampler = sampler or ancestral()
     shape = tuple(shape)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # one of jax.random.PRNGKey
     keys = sample_keys(key, np.arange(shape[0])) if jnp.ndim(key) == 0 else key
     if keys.shape != shape[:1]:
         raise ValueError(
@@ -74,7 +76,9 @@ def sample_chain(
     slots[moments] = np.arange(snapshots)
 
     def noise(s: jax.Array) -> jax.Array:
-        draw = lambda k: jax.random.normal(jax.random.fold_in(k, s), shape[1:])  # noqa: E731
+        def draw(key: jax.Array) -> jax.Array:
+            return jax.random.normal(jax.random.fold_in(key, s), shape[1:], jnp.float32)
+
         return jax.vmap(draw)(keys)
 
     def step(carry, inputs):
@@ -85,7 +89,7 @@ def sample_chain(
             kept = jax.tree.map(lambda k, x: k.at[slot].set(x), kept, (x_t, prediction.x_0))
         return (sampler.step(schedule, prediction, x_t, t, s, noise(s)), kept), None
 
-    empty = jnp.zeros((snapshots + 1 if snapshots else 0, *shape))
+    empty = jnp.zeros((snapshots + 1 if snapshots else 0, *shape), jnp.float32)
     inputs = (jnp.asarray(t[:-1]), jnp.asarray(t[1:]), jnp.asarray(slots))
     (x_0, kept), _ = jax.lax.scan(step, (noise(jnp.asarray(t[0])), (empty, empty)), inputs)
     return Chain(x_0, t[:-1][moments], kept[0][:snapshots], kept[1][:snapshots])

@@ -71,8 +71,10 @@ def ddim(eta: float = 0.0, *, steps: int | None = None) -> Sampler:
         s: jax.Array,
         noise: jax.Array,
     ) -> jax.Array:
+        level = schedule.at(s)
+        if not eta:  # for s > t too, which inverts the chain
+            return level.alpha * prediction.x_0 + level.sigma * prediction.eps
         transition = schedule.between(s, t)
-        level = transition.s
         # sigma_s^2 - std^2 = sigma_s^2 (1 - eta^2 + eta^2 SNR_t/SNR_s)
         kept = jnp.sqrt(1 - eta**2 + eta**2 * jnp.exp(-transition.log_snr_drop))
         mean = level.alpha * prediction.x_0 + level.sigma * kept * prediction.eps

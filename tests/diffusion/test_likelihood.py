@@ -197,7 +197,7 @@ def test_noise_depends_on_the_key_alone():
     assert first[0] != first[1]
 
 
-@pytest.mark.parametrize("times", [[0, 1, 2], [3, 2, 1], [1, 1, 2], [1, 8], [], [[1, 2]]])
+@pytest.mark.parametrize("times", [[0, 1, 2], [3, 2, 1], [1, 1, 2], [1, 8], [], [[1, 2]], [1.5]])
 def test_times_that_are_no_rising_list_are_refused(times):
     """A sampler's falling times, with 0 in them, would give some number too."""
     schedule, x_0 = schedules.linear(7), np.zeros((2, 3), np.float32)
@@ -319,3 +319,8 @@ def test_fast_sampling_times_are_not_mistaken_for_the_bounds():
     times = samplers.times(7, 3)[::-1][1:]
     found = jax.eval_shape(lambda x: bound_of(schedule, x, jax.random.key(0), times=times), x_0)
     assert found.steps.shape == (2, 2)
+
+
+def test_pixels_that_are_not_scaled_are_refused():
+    with pytest.raises(ValueError, match=r"x_0 is of uint8: must be scaled to \[-1, 1\]"):
+        bound_of(schedules.linear(7), np.zeros((2, 3), np.uint8), jax.random.key(0))

@@ -98,3 +98,13 @@ def test_no_clipping_or_rounding_of_the_data():
     copy = lambda x, t: Prediction(x, x)  # noqa: E731
     x_t = exact.alpha[7] * 50 + exact.sigma[7] * 0.5
     close(losses.simple(schedule, copy, x_0, jnp.array([7]), eps), (0.5 - x_t) ** 2, rtol=1e-5)
+
+
+def test_one_time_for_all():
+    schedule, process = pair("linear", 50)
+    x_0, eps = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    exact = gaussian_denoiser(process)
+    close(
+        losses.simple(schedule, exact, x_0, 7, eps),
+        losses.simple(schedule, exact, x_0, jnp.full(3, 7), eps),
+    )

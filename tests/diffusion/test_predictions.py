@@ -174,3 +174,20 @@ def test_posterior_mean_of_another_shape_is_refused():
         predictions.to_posterior_mean(
             schedules.linear(10), jnp.ones((2, 3, 3)), jnp.array([1, 2]), Prediction(x_0, x_0)
         )
+
+
+@pytest.mark.parametrize("reading", [None, predictions.from_score])
+@pytest.mark.parametrize("schedule", [schedules.jsd(10), schedules.constant(1000, 0.5)])
+def test_eps_needs_some_signal_at_the_end(schedule, reading):
+    with pytest.raises(ValueError, match="no signal at t = T = 10"):
+        predictions.denoiser(schedule, lambda x_t, t: x_t, reading)
+    predictions.denoiser(schedule, lambda x_t, t: x_t, predictions.from_v)
+
+
+def test_posterior_mean_of_any_step():
+    schedule, exact = pair("linear", 1000)
+    s, t = np.array([0, 3, 500]), np.array([5, 700, 1000])
+    x_0, x_t = np.float32(np.random.default_rng(4).normal(size=(2, 3, 2)))
+    of_x_0, of_x_t, _ = (x[:, None] for x in exact.posterior(s, t))
+    mean = np.float32(of_x_0 * x_0 + of_x_t * x_t)
+    close(predictions.from_posterior_mean(schedule, x_t, t, mean, s=s).x_0, x_0, rtol=2e-4)

@@ -309,3 +309,13 @@ def test_attention_never_reached_is_refused(resolutions):
 def test_channels_that_do_not_divide_into_groups_are_refused(channels, groups, named):
     with pytest.raises(ValueError, match=f"{named} channels do not divide"):
         build(SMALL.copy(channels=channels, num_groups=groups, channel_multipliers=(1, 1)))
+
+
+def test_one_time_for_all_and_nothing_but_batches_of_images():
+    model = UNet(channels=8, channel_multipliers=(1,), attention_resolutions=(), num_groups=4)
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
+    params = model.init(jax.random.key(1), x, 3)
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    assert (model.apply(params, x, 3) == model.apply(params, x, jnp.full(2, 3))).all()
+    with pytest.raises(ValueError, match=r"expected images \[B, H, W, C\], got \(4, 4, 1\)"):
+        model.apply(params, x[0], 3)

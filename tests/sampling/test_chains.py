@@ -275,3 +275,24 @@ def test_no_snapshots():
     chain = sample_chain(jax.random.key(6), schedule, gaussian_denoiser(exact), (3, 2), snapshots=0)
     assert chain.x_t.shape == (0, 3, 2)
     assert chain.times.shape == (0,)
+
+
+def test_old_keys_are_keys():
+    schedule, exact = pair("linear", 10)
+    old, new = jax.random.PRNGKey(3), jax.random.key(3)
+    denoise = gaussian_denoiser(exact)
+    assert (sample(old, schedule, denoise, (2, 3)) == sample(new, schedule, denoise, (2, 3))).all()
+
+
+def test_ddim_upwards_is_ddim_downwards_inverted():
+    """From T down in many steps and up again: the same x_T, to the order of a step."""
+    schedule, exact = pair("cosine", 1000)
+    denoise, step = gaussian_denoiser(exact, variance=0.3), ddim().step
+    x = start = jnp.linspace(-2, 2, 8).reshape(2, 4)
+    for s in range(900, 100, -1):
+        x = step(schedule, denoise(x, jnp.full(2, s + 1)), x, s + 1, s, None)
+    there = x
+    for s in range(101, 901):
+        x = step(schedule, denoise(x, jnp.full(2, s)), x, s, s + 1, None)
+    assert abs(there - start).max() > 0.3
+    close(x, start, atol=0.01)
