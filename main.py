@@ -55,9 +55,9 @@ def parse(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         fail(str(error))
     except (AttributeError, KeyError) as error:
-        fail(_wrong_key(argv) or f"the config cannot be read: {str(error).splitlines()[0]}")
+        fail(_wrong_key(argv) or f"the config cannot be read: {_first_line(error)}")
     except Exception as error:  # whatever a config file does
-        fail(f"the config cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}")
+        fail(f"the config cannot be read: {type(error).__name__}: {_first_line(error)}")
 
 
 def _config_first(argv: Sequence[str]) -> list[str]:
@@ -88,6 +88,10 @@ def _wrong_key(argv: Sequence[str]) -> str:
     return ""
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["it says no more"])[0]
+
+
 def fail(text: str, code: int = 2) -> NoReturn:
     """One line on standard error, and out."""
     print(f"error: {text}", file=sys.stderr, flush=True)
@@ -108,20 +112,11 @@ def main(argv: Sequence[str]) -> None:
         flag = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
         os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}"
     # Imported late: a wrong flag should not wait for JAX.
-    import jax
-
     from ddpm.modes.sample import sample
     from ddpm.modes.train import NotFinite, train
 
-    if _DISTRIBUTED.value == "auto":
-        jax.distributed.initialize()
-    elif _DISTRIBUTED.value:
-        try:
-            address, count, index = _DISTRIBUTED.value.split(",")
-            processes = int(count), int(index)
-        except ValueError:
-            fail(f"--distributed={_DISTRIBUTED.value}: must be 'auto' or HOST:PORT,COUNT,INDEX")
-        jax.distributed.initialize(address, *processes)
+    if _DISTRIBUTED.value:
+        join(_DISTRIBUTED.value)
     config_flag: Any = flags.FLAGS["config"]
     name = Path(config_flag.config_filename).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name)
@@ -131,6 +126,28 @@ def main(argv: Sequence[str]) -> None:
         fail(str(error))
     except NotFinite as error:
         fail(str(error), code=1)
+    except KeyboardInterrupt:  # before the first step, while sampling, or for the second time
+        fail("stopped", code=130)
+
+
+def join(where: str) -> None:
+    """Several processes as one computation."""
+    import jax
+
+    said = f"--distributed={where}"
+    if where == "auto":
+        try:
+            return jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            fail(f"{said}: JAX cannot tell the processes here ({_first_line(error)})")
+    try:
+        address, count, index = where.split(",")
+        processes = int(count), int(index)
+    except ValueError:
+        fail(f"{said}: must be 'auto' or HOST:PORT,COUNT,INDEX")
+    if not 0 <= processes[1] < processes[0]:
+        fail(f"{said}: INDEX must be in 0..COUNT - 1")
+    jax.distributed.initialize(address, *processes)
 
 
 if __name__ == "__main__":

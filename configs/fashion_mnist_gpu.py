@@ -13,7 +13,7 @@ from ddpm.config import default
 def get_config() -> ConfigDict:
     """The config."""
     config = default()
-    config.data.update(name="fashion_mnist")
+    config.data.update(name="fashion_mnist", flip=False)
     config.model.update(channel_multipliers=(1, 2, 2), attention_resolutions=(14,))
     config.training.update(steps=100_000, warmup_steps=1000, ema_decay=0.999, sample_every=10_000)
     return config

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ddpm.config import flatten, to_json, validate
+from ddpm.config import default, flatten, to_json, validate
 from ddpm.data import sources
 from ddpm.data.folders import folder
 from ddpm.data.sources import Source
@@ -96,7 +96,7 @@ def noise_schedule(config: ConfigDict) -> NoiseSchedule:
         schedule = SCHEDULES[config.diffusion.schedule](config.diffusion)
     except ValueError as error:
         raise InputError(f"config.diffusion: {error}") from error
-    if not schedule.at(schedule.num_steps).alpha:
+    if schedule.ends_without_signal():
         raise InputError(
             f"config.diffusion.schedule = {config.diffusion.schedule!r} leaves no signal at t = T "
             "(alpha_T = 0 in float32), where eps alone does not tell x_0: choose another schedule, "
@@ -131,25 +131,46 @@ def source(config: ConfigDict) -> Source:
         raise InputError(
             f"config.data.path is empty: name the {d.name} with --config.data.path=..."
         )
-    if d.name == "digits":
-        return sources.digits(d.split or "train")
     if d.name == "folder":
         if size is None:
             raise InputError("config.data.image_size = (): a folder needs (height, width)")
+        if d.split:
+            raise InputError(
+                f"config.data.split = {d.split!r}: a folder has no splits; name the folder of the "
+                "split with config.data.path"
+            )
         return folder(d.path, size, channels=d.channels, broken=d.broken_images)
-    if d.name == "npz":
-        return sources.npz(d.path)
-    return tfds(d.name, d.split or "train", data_dir=d.path or None, image_size=size)
+    if d.name not in ("digits", "npz"):
+        return tfds(d.name, d.split or "train", data_dir=d.path or None, image_size=size)
+    npz = d.name == "npz"
+    here = sources.npz(d.path, d.split) if npz else sources.digits(d.split or "train")
+    if size not in (None, here.image_shape[:2]):
+        raise InputError(
+            f"config.data.image_size = {size}: those of {d.name} are {here.image_shape[:2]}, and "
+            "only folders and tfds' sets are resized"
+        )
+    return here
 
 
-def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Any) -> None:
-    """InputError if a run folder's config differs in what its weights depend on."""
-    now, before = flatten(to_json(config)), flatten(saved)
-    free = ("sampling.", "data.path", "training.steps", "training.log_every",
-            "training.sample_every", "training.checkpoint")  # fmt: skip
+def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Any) -> list[str]:
+    """InputError if a run folder's config differs in what a run cannot change on its way.
+
+    Returns what it may change, and does, of what its weights depend on. A key that is missing, of a
+    run by an older version, had its default.
+    """
+    now, before = flatten(to_json(config)), flatten(to_json(default())) | flatten(saved)
+    free = ("sampling.", "training.steps", "training.log_every", "training.sample_every",
+            "training.checkpoint")  # fmt: skip
+    told = ("data.path", "data.broken_images", "training.learning_rate", "training.warmup_steps",
+            "training.grad_clip")  # fmt: skip
+    changed = []
     for key in sorted(now.keys() | before.keys()):
-        if not key.startswith(free) and now.get(key) != before.get(key):
+        if key.startswith(free) or now.get(key) == before.get(key):
+            continue
+        if key not in told:
             raise InputError(
                 f"{workdir} holds a run with config.{key} = {before.get(key)!r}, this one says "
                 f"{now.get(key)!r}: choose another --workdir"
             )
+        changed.append(f"config.{key} = {now[key]!r}, before {before[key]!r}")
+    return changed

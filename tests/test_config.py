@@ -97,7 +97,12 @@ def test_a_run_folder_of_other_settings_is_refused_but_may_train_longer():
     saved = to_json(config)
     config.training.steps += 1000
     config.sampling.steps = 50
-    experiment.check_same_run(config, saved, "runs/x")
+    assert experiment.check_same_run(config, saved, "runs/x") == []
+    config.training.learning_rate = 1e-4
+    changed = experiment.check_same_run(config, saved, "runs/x")
+    assert changed == ["config.training.learning_rate = 0.0001, before 0.0002"]
+    del saved["model"]["dropout"]  # of a version that did not have it
+    assert len(experiment.check_same_run(config, saved, "runs/x")) == 1
     config.model.channels = 64
     said = "runs/x holds a run with config.model.channels = 128, this one says 64"
     with pytest.raises(InputError, match=re.escape(said)):

@@ -1,5 +1,7 @@
 """Bad input: one line that says what and where, exit code 2, nothing overwritten or lost."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -39,6 +41,9 @@ def contents(folder):
         (["--mode=trian"], ["must be one of train, sample", "did you mean 'train'"]),
         (["--wrkdir=x"], ["wrkdir"]),
         (["runs/new"], ["unexpected argument 'runs/new'"]),
+        (["--distributed=auto"], ["--distributed=auto: JAX cannot tell the processes"]),
+        (["--distributed=localhost:1,2"], ["must be 'auto' or HOST:PORT,COUNT,INDEX"]),
+        (["--distributed=localhost:1,2,2"], ["INDEX must be in 0..COUNT - 1"]),
     ],
 )
 def test_wrong_flag(tmp_path, flags, said):
@@ -53,6 +58,8 @@ def test_wrong_flag(tmp_path, flags, said):
         ({"model__channel_multipliers": "(1,1,1,1,1)"}, ["8x8 cannot be halved 4 times"]),
         ({"diffusion__schedule": "betas", "diffusion__betas": "(0.1,1.0,0.2)"}, ["beta_2 = 1"]),
         ({"data__name": "folder"}, ["config.data.path is empty"]),
+        ({"data__image_size": "(9,9)"}, ["image_size = (9, 9)", "digits", "(8, 8)"]),
+        ({"data__split": "valid"}, ["no split 'valid'", "train, test"]),
     ],
 )
 def test_wrong_value(tmp_path, overrides, said):
@@ -114,3 +121,35 @@ def test_diverging_run_stops_and_names_step_and_checkpoint(tmp_path):
     step, arrays = runs.final_state(tmp_path)
     assert step >= 1
     assert all(np.isfinite(a).all() for a in arrays)
+    # The advice can be followed; here from one step earlier, for the first one was of rate 0.
+    shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    step -= 1
+    calmer = overrides | {"training__learning_rate": 1e-4, "training__warmup_steps": 0}
+    calmer |= {"training__grad_clip": 1.0, "training__steps": step + 2}
+    done = runs.run(runs.command(tmp_path, **calmer))
+    assert done.returncode == 0, done.stderr
+    assert "changed since the last checkpoint: config.training.grad_clip = 1.0" in done.stderr
+    assert f"going on at step {step}" in done.stderr
+
+
+def save_npz(path, n, size=8):
+    images = np.random.default_rng(0).integers(0, 256, (n, size, size, 1), dtype=np.uint8)
+    np.savez(path, x_train=images, x_small=images[:5])
+    return {"data__name": "npz", "data__path": path, "data__split": "train"}
+
+
+def test_other_images_in_the_same_run_folder(tmp_path):
+    first = save_npz(tmp_path / "first.npz", 20)
+    run = tmp_path / "run"
+    done = runs.run(runs.command(run, training__steps=2, **first))
+    assert done.returncode == 0, done.stderr
+    assert "20 images of 8x8x1" in done.stderr
+
+    larger = save_npz(tmp_path / "larger.npz", 20, size=16)
+    fails(runs.command(run, **larger), "on images of (8, 8, 1), these are (16, 16, 1)")
+    fails(runs.command(run, **(first | {"data__split": "small"})), "config.data.split = 'train'")
+    more = save_npz(tmp_path / "more.npz", 30)
+    done = runs.run(runs.command(run, training__steps=4, **more))
+    assert done.returncode == 0, done.stderr
+    assert "more.npz" in done.stderr
+    assert "30 images, before 20" in done.stderr

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import runs
 
@@ -85,6 +86,61 @@ def test_told_to_stop_saves_and_the_same_command_goes_on(uninterrupted, tmp_path
     assert steps[-1] == stopped + 2
 
 
+def test_told_to_stop_while_drawing_the_samples(uninterrupted, tmp_path):
+    slow = runs.command(tmp_path, sampling__num_samples=100_000, sampling__batch_size=4)
+    process = runs.start(slow)
+    runs.wait_for(lambda: (tmp_path / "checkpoints" / "8").exists())
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert said.splitlines()[-1].startswith("SIGTERM: saved at step 8 of 8")
+    assert not (tmp_path / "samples").exists()
+    assert runs.run(runs.command(tmp_path)).returncode == 0
+    assert_same(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("mode", ["train", "sample"])
+def test_ctrl_c_with_nothing_to_save_is_one_line(uninterrupted, tmp_path, mode):
+    if mode == "train":  # while its pictures are decoded
+        pictures = tmp_path / "pictures"
+        pictures.mkdir()
+        image = Image.fromarray(np.zeros((1000, 1000, 3), np.uint8))
+        image.save(pictures / "0.png")
+        for i in range(1, 500):
+            os.link(pictures / "0.png", pictures / f"{i}.png")
+        process = runs.start(
+            runs.command(
+                tmp_path / "run", data__name="folder", data__path=pictures, data__image_size="(8,8)"
+            ),
+            XDG_CACHE_HOME=str(tmp_path / "cache"),
+        )
+        runs.wait_for(lambda: list((tmp_path / "cache").glob("ddpm/.unfinished-*")))
+    else:
+        process = runs.start(
+            runs.command(uninterrupted[0], "--mode=sample", sampling__num_samples=100_000)
+        )
+        runs.wait_for(lambda: list((uninterrupted[0] / "samples").glob(".*.partial")))
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "error: stopped"
+    assert not list(uninterrupted[0].glob("samples/.*"))
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path):
+    many = runs.command(tmp_path, training__steps=100_000, training__checkpoint_every=100_000)
+    process = runs.start(many)
+    runs.wait_for(lambda: (tmp_path / "metrics.jsonl").exists())
+    other = runs.run(many)
+    assert other.returncode == 2
+    assert "another process is training in" in other.stderr
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+
+
 def test_truncated_checkpoint_falls_back_and_ends_in_the_same_weights(uninterrupted, tmp_path):
     assert runs.run(runs.command(tmp_path, training__steps=6)).returncode == 0
     files = (p for p in (tmp_path / "checkpoints" / "6" / "params").rglob("*") if p.is_file())
@@ -93,6 +149,7 @@ def test_truncated_checkpoint_falls_back_and_ends_in_the_same_weights(uninterrup
     done = runs.run(runs.command(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "checkpoint 6 in" in done.stderr
+    assert len(done.stderr.splitlines()) < 10
     assert "going on at step 4" in done.stderr
     assert (tmp_path / "damaged_checkpoints" / "6").exists()
     assert_same(tmp_path, uninterrupted)

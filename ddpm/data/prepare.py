@@ -5,12 +5,12 @@ tfds would make: same name, version, order and place. Any other needs TensorFlow
 """
 
 import argparse
-import importlib.util
 import sys
 import tarfile
 import threading
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -102,10 +102,14 @@ def _check_requirements(builder: Any, name: str, manual: Path) -> None:
             f"tfds set {name!r} has to be downloaded by hand, to {manual} (tfds says: "
             f"{instructions}); then run `{catalogue.command(name)}`"
         )
-    if importlib.util.find_spec("tensorflow") is None:
+    needed = {"tensorflow": "tensorflow-cpu"}
+    if builder.name == "lsun":  # its files are databases, which only this one reads
+        needed["tensorflow_io"] = "tensorflow-io"
+    missing = [package for module, package in needed.items() if not find_spec(module)]
+    if missing:
         raise InputError(
             f"tfds set {name!r} is not in {builder.data_dir_root}, and to prepare it (once, not "
-            f"to train) tfds needs TensorFlow: pip install tensorflow-cpu, or run "
+            f"to train) tfds needs TensorFlow: pip install {' '.join(missing)}, or run "
             f"`{catalogue.command(name)}` where that is and copy FOLDER/{builder.name}"
         )
 

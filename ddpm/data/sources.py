@@ -114,7 +114,7 @@ def npz(path: str | Path, split: str = "") -> ArraySource:
             f"{path}: there is no array {wanted} (of images, uint8[n, height, width, channels]); "
             f"it holds {found}" + ("; data.split chooses x_<split>" if not split else "")
         )
-    image, label = arrays[pair[0]], arrays.get(pair[1])
+    image, label = np.ascontiguousarray(arrays[pair[0]]), arrays.get(pair[1])
     if image.ndim == 3:
         image = image[..., None]
     right = image.dtype == np.uint8 and image.ndim == 4 and image.shape[-1] in (1, 3)

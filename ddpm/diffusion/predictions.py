@@ -38,8 +38,7 @@ def denoiser(schedule: NoiseSchedule, network: Network, reading: Reading | None 
     Raises ValueError where that does not tell x_0: of eps or the score, with no signal at t = T.
     """
     reading = reading or from_eps
-    known = not isinstance(schedule.log_snr, jax.core.Tracer)
-    if reading in (from_eps, from_score) and known and not schedule.at(schedule.num_steps).alpha:
+    if reading in (from_eps, from_score) and schedule.ends_without_signal():
         raise ValueError(
             f"the schedule leaves no signal at t = T = {schedule.num_steps} (alpha_T = 0), where "
             "eps and the score do not tell x_0: let the network predict x_0 or v"

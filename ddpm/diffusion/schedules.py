@@ -72,6 +72,13 @@ class NoiseSchedule(NamedTuple):
         later = self.between(t - 1, t).beta
         return jnp.concatenate([jnp.zeros(1, later.dtype), later])
 
+    def ends_without_signal(self) -> bool:
+        """Whether alpha_T = 0 in float32; not told of a schedule that is being traced."""
+        if isinstance(self.log_snr, jax.core.Tracer):
+            return False
+        last = np.asarray(self.log_snr)[-1]  # by NumPy: known while others are traced
+        return bool(np.exp(np.float64(last) / 2) < np.finfo(np.float32).tiny)
+
     def at(self, t: jax.typing.ArrayLike) -> LogSNR:
         """Log-SNR at integer times t in 0..T, in the shape of t; NaN outside 0..T."""
 

@@ -1,8 +1,10 @@
 """Training: build, restore, step, log, sample, save. Stopped at any moment, the same call
 goes on from the last checkpoint, and ends in the same weights bit for bit."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from ml_collections import ConfigDict
 from ddpm import experiment
 from ddpm.config import to_json
 from ddpm.data import pipeline
+from ddpm.data.sources import Source
 from ddpm.errors import InputError
+from ddpm.files import write_whole
 from ddpm.sampling import pictures
 from ddpm.training import sharding
 from ddpm.training.checkpoints import Checkpoints, parameter_count, saved_meta
@@ -32,11 +36,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
     Leaves there: config.json, metrics.jsonl, losses.png, tensorboard/, samples/, checkpoints/.
     Raises InputError for what the user can mend, NotFinite if training diverged.
     """
-    training = config.training
-    sharding.check_batch_size(training.batch_size, "training.batch_size")
+    sharding.check_batch_size(config.training.batch_size, "training.batch_size")
+    check_run(config, workdir)  # first of all: preparing a data set may take an hour
     source = experiment.source(config)
     built = experiment.build(config, source.image_shape)
-    checkpoints = open_run(config, workdir)
+    check_run(config, workdir, source)
+    with run_folder(workdir):
+        _train(built, source, workdir)
+
+
+def _train(built: experiment.Experiment, source: Source, workdir: Path) -> None:
+    config, training = built.config, built.config.training
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=training.checkpoints_kept)
 
     # Everything on its devices: the weights on all of them, the batch split.
     mesh = sharding.data_mesh()
@@ -47,6 +58,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
         out_shardings=everywhere,
     )
     state = resume(checkpoints, jax.eval_shape(start), everywhere) or start()
+    if jax.process_index() == 0:
+        text = json.dumps(to_json(config), indent=2) + "\n"
+        write_whole(workdir / "config.json", lambda path: path.write_text(text))
     no_metrics = jax.jit(Metrics.zero, out_shardings=everywhere)
     metrics = no_metrics()
     train_step = jax.jit(
@@ -84,14 +98,24 @@ def train(config: ConfigDict, workdir: Path) -> None:
     def save(state: TrainState, metrics: Metrics) -> None:
         check_finite(metrics, checkpoints)
         if checkpoints.latest_step() != int(state.step):
-            about = {"config": to_json(config), "image_shape": source.image_shape}
+            about = {
+                "config": to_json(config),
+                "image_shape": source.image_shape,
+                "num_images": len(source),
+            }
             checkpoints.save(state, about)
 
-    def draw(state: TrainState) -> None:
+    def draw(state: TrainState, stop: StopSignal) -> None:
+        """A grid of samples; none if a signal comes between two batches of them."""
         step, params = int(state.step), state.ema_params if config.sampling.ema else state.params
-        images = generator.samples(params, config.sampling.num_samples, seed=config.sampling.seed)
+        s, batches = config.sampling, []
+        for part in generator.batches(params, s.num_samples, seed=s.seed):
+            batches.append(part)
+            if stop.name:
+                return
         if not logbook.speaks:
             return
+        images = np.concatenate(batches)
         pictures.save_grid(workdir / "samples" / f"step_{step:08}.png", images)
         logbook.image(step, "samples", pictures.grid(images))
         plot_losses(logbook.path, workdir / "losses.png")
@@ -116,41 +140,80 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 if step % training.checkpoint_every == 0 or step == training.steps:
                     save(state, metrics)
                 between = training.sample_every and step < training.steps
-                if between and step % training.sample_every == 0:
-                    draw(state)
+                if between and step % training.sample_every == 0 and not stop.name:
+                    save(state, metrics)  # before what takes long
+                    draw(state, stop)
                     logbook.start_clock(step)
                 if stop.requested(step):
-                    save(state, metrics)
-                    checkpoints.wait()
-                    logbook.say(
-                        f"{stop.name}: saved at step {step} of {training.steps}; "
-                        "the same command goes on from here"
-                    )
-                    return
-        draw(state)
-        checkpoints.wait()
+                    break
+            save(state, metrics)
+            checkpoints.wait()
+            if not stop.name:
+                draw(state, stop)
+            if stop.name:
+                logbook.say(
+                    f"{stop.name}: saved at step {step} of {training.steps}; "
+                    "the same command goes on from here"
+                )
+                return
         logbook.say(f"done: step {step}; samples, losses.png and checkpoints are in {workdir}")
+    except InputError:  # of a picture that cannot be read, found on the way
+        if step > first:
+            save(state, metrics)
+        raise
     finally:
         logbook.close()
         checkpoints.close()
 
 
-def open_run(config: ConfigDict, workdir: Path) -> Checkpoints:
-    """The run folder, made if need be; InputError if it cannot be written or is another run's."""
-    folder = workdir / "checkpoints"
-    saved = saved_meta(folder)
-    if saved is not None:
-        experiment.check_same_run(config, saved["config"], workdir)
+def check_run(config: ConfigDict, workdir: Path, source: Source | None = None) -> None:
+    """InputError if the folder holds the run of another experiment, or of images of other shape.
+
+    Says in a line each what is not the same and may be.
+    """
+    saved = saved_meta(workdir / "checkpoints")
+    if saved is None:
+        return
+    changed = experiment.check_same_run(config, saved["config"], workdir)
+    if source is None:
+        return
+    shape, count = tuple(saved["image_shape"]), saved["num_images"]
+    if shape != source.image_shape:
+        raise InputError(
+            f"{workdir} holds a run on images of {shape}, these are {source.image_shape} (height, "
+            "width, channels): choose another --workdir"
+        )
+    if count != len(source):
+        changed.append(f"{len(source):,} images, before {count:,}")
+    if changed and jax.process_index() == 0:
+        say(f"changed since the last checkpoint: {'; '.join(changed)}")
+
+
+@contextlib.contextmanager
+def run_folder(workdir: Path) -> Iterator[None]:
+    """The folder, made if need be and locked; InputError if it cannot be written, or is in use."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            (workdir / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
-        return Checkpoints(folder, keep=config.training.checkpoints_kept)
+        (workdir / "checkpoints").mkdir(exist_ok=True)
+        lock = (workdir / ".lock").open("w")
     except OSError as error:
         raise InputError(
             f"the run folder {workdir} cannot be written ({error.strerror}): "
             "choose another with --workdir"
         ) from error
+    with lock:
+        if jax.process_index() == 0:
+            try:
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back however this ends
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another process is training in {workdir}: choose another --workdir"
+                ) from error
+            except (ImportError, OSError):
+                pass  # a system, or a network's file system, without locks
+        yield
 
 
 def resume(checkpoints: Checkpoints, abstract: TrainState, placed: Any) -> TrainState | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ddpm.files import write_whole
+
 
 def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 1) -> np.ndarray:
     """uint8[n, H, W, C] side by side, near square unless `columns` is given: uint8[h, w, C]."""
@@ -35,14 +37,14 @@ def to_picture(image: np.ndarray, *, least_side: int = 0) -> Image.Image:
 
 def save_grid(path: Path, images: np.ndarray) -> None:
     """A PNG of at least 400 pixels; small images are enlarged without blurring."""
-    _replace(path, lambda p: to_picture(grid(images), least_side=400).save(p, format="PNG"))
+    write_whole(path, lambda p: to_picture(grid(images), least_side=400).save(p, format="PNG"))
 
 
 def save_gif(path: Path, frames: np.ndarray, *, milliseconds: int = 60) -> None:
     """uint8[frames, n, H, W, C] as a looping GIF of grids that rests on the last one."""
     pictures = [to_picture(grid(images), least_side=400) for images in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [2000]
-    _replace(
+    write_whole(
         path,
         lambda p: pictures[0].save(
             p, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
@@ -75,15 +77,4 @@ def save_npz(path: Path, batches: Iterable[np.ndarray], shape: tuple[int, ...]) 
         if written != shape[0]:
             raise ValueError(f"{written} images came for an array of {shape}")
 
-    _replace(path, write)
-
-
-def _replace(path: Path, write) -> None:
-    """Writes beside the path and renames: a file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, write)

@@ -1,8 +1,8 @@
 """Checkpoints by Orbax: asynchronous, atomic, a few kept; and what Orbax leaves to its user.
 
 Orbax writes no checksums, calls an empty folder the latest step, and never falls back to an older
-one. So each checkpoint carries a digest of every array, and restoring tries the newest first, moves
-one that is damaged aside, says so in one line, and goes on with the one before.
+one. So each checkpoint carries a digest of every array, and restoring tries the newest first, steps
+over those that are damaged, and says so; once a good one is found, it moves the others aside.
 """
 
 import json
@@ -10,12 +10,13 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts  # of Orbax, which writes by it
 
 from ddpm.errors import InputError
 from ddpm.training.state import TrainState
@@ -83,21 +84,25 @@ class Checkpoints:
           abstract: {"params" | "ema_params" | "opt_state": tree of ShapeDtypeStruct with sharding}.
           say: takes a one-line warning.
 
-        Raises InputError if the arrays are of another shape, or if every checkpoint is damaged.
+        Raises InputError if the arrays are of another shape, or if every checkpoint is damaged:
+        then all stay where they are. What is no damage, such as too little memory, passes through.
         """
-        damaged: list[str] = []
+        damaged: dict[int, Damaged] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                restored, meta = self._restore_step(step, abstract)
+                found = self._restore_step(step, abstract)
             except Damaged as error:
-                damaged.append(f"{step} ({error})")
-                aside = "" if self._read_only else f", moved to {self._move_aside(step)}"
-                say(f"checkpoint {step} in {self.folder} is damaged: {error}{aside}")
+                damaged[step] = error
                 continue
-            return restored, meta
+            for bad, why in damaged.items():
+                say(f"checkpoint {bad} in {self.folder} is damaged: {why}")
+            if damaged and not self._read_only:
+                say(f"moved to {self._move_aside(list(damaged))}")
+            return found
         if damaged:
+            which = ", ".join(f"{step} ({error})" for step, error in damaged.items())
             raise InputError(
-                f"no checkpoint in {self.folder} is good: {', '.join(damaged)}; "
+                f"no checkpoint in {self.folder} is good: {which}; put a good copy there, or "
                 "start anew with another --workdir"
             )
         return None
@@ -107,11 +112,16 @@ class Checkpoints:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         meta = self._read_meta(step)
         self._check_shapes(step, abstract)
+        for name in abstract:
+            try:
+                _read_through(self.folder / str(step) / name)
+            except Exception as error:
+                _raise_damaged(f"its {name} cannot be read", error)
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         except Exception as error:  # whatever the layers below make of a broken file
-            raise Damaged(f"it cannot be read, {type(error).__name__}") from error
+            _raise_damaged("it cannot be read", error)
         for name in abstract:
             if digest(restored[name]) != meta["digests"][name]:
                 raise Damaged(f"the digest of its {name} does not match")
@@ -123,12 +133,11 @@ class Checkpoints:
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             )
             meta = restored["meta"]
-            if meta["step"] != step or set(meta["digests"]) != set(_ARRAYS):
-                raise Damaged("its meta is of another checkpoint")
-        except Damaged:
-            raise
+            right = meta["step"] == step and set(meta["digests"]) == set(_ARRAYS)
         except Exception as error:
-            raise Damaged("its meta cannot be read") from error
+            _raise_damaged("its meta cannot be read", error)
+        if not right:
+            raise Damaged("its meta is of another checkpoint")
         return meta
 
     def _check_shapes(self, step: int, abstract: dict[str, Any]) -> None:
@@ -136,7 +145,7 @@ class Checkpoints:
             stored = self._manager.item_metadata(step)
             found = {name: _shapes(stored[name]) for name in abstract}
         except Exception as error:
-            raise Damaged("its array metadata cannot be read") from error
+            _raise_damaged("its array metadata cannot be read", error)
         for name, tree in abstract.items():
             wanted = _shapes(tree)
             if not found[name]:
@@ -150,14 +159,50 @@ class Checkpoints:
                         "give the run's own config, or another --workdir"
                     )
 
-    def _move_aside(self, step: int) -> Path:
-        target = self.folder.parent / "damaged_checkpoints" / str(step)
-        target.parent.mkdir(exist_ok=True)
-        while target.exists():
-            target = target.with_name(target.name + "_")
-        shutil.move(self.folder / str(step), target)
+    def _move_aside(self, steps: list[int]) -> Path:
+        """To damaged_checkpoints/; of several processes the first does it, when all have read."""
+        aside = self.folder.parent / "damaged_checkpoints"
+        _meet("before moving damaged checkpoints")
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                target = aside / str(step)
+                while target.exists():
+                    target = target.with_name(target.name + "_")
+                shutil.move(self.folder / str(step), target)
+        _meet("after moving damaged checkpoints")
         self._manager.reload()
-        return target
+        return aside
+
+
+def _raise_damaged(text: str, error: Exception) -> NoReturn:
+    """For an error of the layers below: Damaged, if the files are to blame."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, MemoryError) or "RESOURCE_EXHAUSTED" in str(chain):
+            raise error
+        if isinstance(chain, PermissionError):
+            raise InputError(f"{chain.filename or 'a checkpoint'}: {chain.strerror}") from error
+        chain = chain.__cause__ or chain.__context__
+    raise Damaged(f"{text}, {type(error).__name__}") from error
+
+
+def _read_through(item: Path) -> None:
+    """Reads every array once, one by one. Orbax, reading all at a time, leaves a broken one's
+    neighbours to complain on standard error, in thousands of lines."""
+    base = f"file://{item}/"
+    keys = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
+    for key in (k.decode() for k in keys):
+        if key.endswith(".zarray"):
+            array = {"driver": "ocdbt", "base": base, "path": key.removesuffix(".zarray")}
+            ts.open({"driver": "zarr", "kvstore": array}).result().read().result()
+
+
+def _meet(where: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(where)
 
 
 def saved_meta(folder: Path) -> dict[str, Any] | None:
@@ -165,9 +210,11 @@ def saved_meta(folder: Path) -> dict[str, Any] | None:
     steps = sorted((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), reverse=True)
     for step in steps:
         try:
-            return json.loads((folder / str(step) / "meta" / "metadata").read_text())
+            meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())
         except (OSError, ValueError):
             continue
+        if isinstance(meta, dict) and {"config", "image_shape", "num_images"} <= meta.keys():
+            return meta
     return None
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from ddpm.files import write_whole
+
 
 class Logbook:
     """Writes `metrics.jsonl` and TensorBoard files in a run folder; shows a bar, or plain lines.
@@ -29,7 +31,8 @@ class Logbook:
         if not self.speaks:
             return
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_whole(self.path, lambda path: path.write_text(text))
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         if sys.stderr.isatty():
@@ -126,7 +129,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps = [row["step"] for row in rows]
-    names = sorted(name for name in rows[0] if name.startswith("loss_t"))
+    names = sorted({name for row in rows for name in row if name.startswith("loss_t")})
     for i, name in enumerate(names):
         shade = 0.15 + 0.75 * i / max(1, len(names) - 1)
         values = [row.get(name, float("nan")) for row in rows]

@@ -55,8 +55,11 @@ def adam(
 
     (The authors clip each replica's gradient and then average; with one replica it is the same.)
     """
+    # A schedule also without warm-up: the state is of one shape, whatever is changed on the way.
     rate = (
-        optax.linear_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else learning_rate
+        optax.linear_schedule(0.0, learning_rate, warmup_steps)
+        if warmup_steps
+        else optax.constant_schedule(learning_rate)
     )
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
     return optax.chain(clip, optax.adam(rate))

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM and Ctrl-C end the loop after the step under way."""
+"""Being told to stop: SIGTERM and Ctrl-C end training after the step under way."""
 
 import signal
 from types import FrameType, TracebackType

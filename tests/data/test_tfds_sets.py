@@ -266,7 +266,7 @@ def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
 
 
 def test_sets_that_need_more_say_what(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(prepare, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install tensorflow-cpu") as error:
         tfds("lsun/church_outdoor", "train", tmp_path)
     one_line(error)

@@ -29,8 +29,9 @@ def abstract(state):
 def saved(tmp_path):
     folder = tmp_path / "checkpoints"
     checkpoints = Checkpoints(folder, keep=3)
+    about = {"config": {"seed": 1}, "image_shape": [8, 8, 1], "num_images": 9}
     for step in (10, 20, 30):
-        checkpoints.save(state_at(step), {"config": {"seed": 1}})
+        checkpoints.save(state_at(step), about)
     checkpoints.close()
     return folder
 
@@ -106,9 +107,10 @@ def test_damaged_checkpoint_is_moved_aside_and_the_one_before_taken(saved, damag
     (found, meta), said = restore(saved, state_at(0))
     assert meta["step"] == 20
     assert_equal(found, state_at(20))
-    assert len(said) == 1
+    assert len(said) == 2
     assert "checkpoint 30" in said[0]
-    assert "\n" not in said[0]
+    assert "damaged_checkpoints" in said[1]
+    assert "\n" not in "".join(said)
     assert not (saved / "30").exists()
     assert (saved.parent / "damaged_checkpoints" / "30").exists()
 
@@ -129,8 +131,33 @@ def test_read_only_moves_nothing(saved):
 def test_all_damaged_is_an_error_that_names_them(saved):
     for step in (10, 20, 30):
         truncate(saved / str(step))
-    with pytest.raises(InputError, match=r"no checkpoint .* is good: 30 .*20 .*10"):
-        restore(saved, state_at(0), read_only=True)
+    for _ in range(2):  # nothing is moved, so a second start does not begin at 0
+        with pytest.raises(InputError, match=r"no checkpoint .* is good: 30 .*20 .*10"):
+            restore(saved, state_at(0))
+    assert sorted(p.name for p in saved.iterdir() if p.name.isdigit()) == ["10", "20", "30"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), RuntimeError, "RESOURCE_EXHAUSTED"),
+        (MemoryError(), MemoryError, ""),
+        (PermissionError(13, "Permission denied", "params/x"), InputError, "params/x: Permission"),
+    ],
+)
+def test_what_is_no_damage_is_not_taken_for_it(saved, monkeypatch, error, raised, said):
+    def fails(*args, **options):
+        raise ValueError("reading failed") from error
+
+    checkpoints = Checkpoints(saved, keep=3)
+    monkeypatch.setattr(checkpoints._manager, "restore", fails)
+    with pytest.raises((raised, ValueError)) as found:
+        checkpoints.restore(abstract(state_at(0)), print)
+    checkpoints.close()
+    whole = [str(found.value), str(found.value.__cause__)]
+    assert isinstance(found.value, InputError) == (raised is InputError)
+    assert any(said in text for text in whole)
+    assert (saved / "30").exists()
 
 
 def test_another_architecture_is_refused_by_name(saved):
