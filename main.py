@@ -5,10 +5,8 @@ The same command goes on where it was stopped. Every key of the config can be ov
 """
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +14,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from ddpm import backend
 from ddpm.config import default, flatten, nearest, validate
 from ddpm.errors import InputError
 
@@ -106,11 +105,7 @@ def main(argv: Sequence[str]) -> None:
     logger.addHandler(logging.StreamHandler())
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if version("jaxlib") == "0.10.2":
-        # Its default for single convolutions on CPUs takes about 1.5 times as long; newer ones
-        # do not have it, and a flag that a version does not know would end the process.
-        flag = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-        os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}"
+    backend.configure()
     # Imported late: a wrong flag should not wait for JAX.
     from ddpm.modes.sample import sample
     from ddpm.modes.train import NotFinite, train

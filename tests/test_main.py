@@ -153,3 +153,28 @@ def test_other_images_in_the_same_run_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "more.npz" in done.stderr
     assert "30 images, before 20" in done.stderr
+
+
+def test_compiled_programs_are_kept_and_told_of_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    command = runs.command(tmp_path / "run", training__steps=1)
+    first = runs.run(command)
+    assert first.returncode == 0, first.stderr
+    kept = tmp_path / "cache" / "ddpm" / "compiled"
+    assert first.stderr.count(f"compiled programs are kept in {kept}") == 1
+    before = contents(kept)
+    assert any("train_step" in path.name for path in before)
+    again = runs.run(runs.command(tmp_path / "again", training__steps=1))
+    assert again.returncode == 0, again.stderr
+    assert "compiled programs" not in again.stderr
+    # JAX's own files of when each was last used aside, nothing is compiled anew.
+    assert {p for p in contents(kept) if p.name.endswith("-cache")} == {
+        p for p in before if p.name.endswith("-cache")
+    }
+
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    none = runs.run(runs.command(tmp_path / "none", training__steps=1))
+    assert none.returncode == 0, none.stderr
+    assert not (tmp_path / "other" / "ddpm" / "compiled").exists()
