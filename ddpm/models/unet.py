@@ -29,9 +29,34 @@ def dense(features: int, name: str, *, scale: float = 1.0) -> nn.Dense:
     return nn.Dense(features, kernel_init=initializer(scale), name=name)
 
 
-def group_norm(num_groups: int, name: str) -> nn.GroupNorm:
-    """GroupNorm with the epsilon of the authors' framework."""
-    return nn.GroupNorm(num_groups, epsilon=1e-6, name=name)
+class GroupNorm(nn.Module):
+    """Over the positions and channels of each of `num_groups` groups; learned scale and bias.
+
+    Written as one scale and one shift per example and channel, so that x is read once for the
+    statistics and once to be normalised: half the time of flax's own on a CPU.
+    """
+
+    num_groups: int
+    epsilon: float = 1e-6  # of the authors' framework
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> the same shape."""
+        batch, height, width, channels = x.shape
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        size = channels // self.num_groups
+
+        def group_mean(per_channel: jax.Array) -> jax.Array:
+            sums = per_channel.reshape(batch, self.num_groups, size).sum(axis=-1)
+            return jnp.repeat(sums / (height * width * size), size, axis=-1)
+
+        mean = group_mean(x.sum(axis=(1, 2)))
+        square = group_mean(jnp.square(x).sum(axis=(1, 2)))
+        variance = jnp.maximum(square - jnp.square(mean), 0.0)
+        scale = scale * jax.lax.rsqrt(variance + self.epsilon)
+        shift = bias - mean * scale
+        return x * scale[:, None, None, :] + shift[:, None, None, :]
 
 
 def time_embedding(t: jax.Array, dimension: int) -> jax.Array:
@@ -55,15 +80,26 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
-        h = nn.swish(group_norm(self.num_groups, "norm_1")(x))
+        h = nn.swish(GroupNorm(self.num_groups, name="norm_1")(x))
         h = conv3x3(self.channels, "conv_1")(h)
         h += dense(self.channels, "time")(nn.swish(embedding))[:, None, None, :]
-        h = nn.swish(group_norm(self.num_groups, "norm_2")(h))
+        h = nn.swish(GroupNorm(self.num_groups, name="norm_2")(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv3x3(self.channels, "conv_2", scale=ZERO_SCALE)(h)
         if x.shape[-1] != self.channels:
             x = dense(self.channels, "shortcut")(x)
         return x + h
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(C)) v, one head: [B, N, C] each -> [B, N, C]."""
+    if jax.default_backend() != "cpu":
+        q, k, v = (x[:, :, None] for x in (q, k, v))
+        return jax.nn.dot_product_attention(q, k, v)[:, :, 0]
+    # The same in less time on a CPU: plain products, and the division left to the few outputs.
+    logits = jnp.einsum("bqc,bkc->bqk", q * q.shape[-1] ** -0.5, k)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    return jnp.einsum("bqk,bkc->bqc", weights, v) / weights.sum(axis=-1, keepdims=True)
 
 
 class AttentionBlock(nn.Module):
@@ -74,9 +110,9 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
-        h = group_norm(self.num_groups, "norm")(x).reshape(batch, height * width, 1, channels)
+        h = GroupNorm(self.num_groups, name="norm")(x).reshape(batch, height * width, channels)
         q, k, v = (dense(channels, name)(h) for name in ("query", "key", "value"))
-        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        h = attention(q, k, v).reshape(x.shape)
         return x + dense(channels, "out", scale=ZERO_SCALE)(h)
 
 
@@ -149,7 +185,7 @@ class UNet(nn.Module):
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
                 h = conv3x3(h.shape[-1], f"upsample_{level}")(h)
 
-        h = nn.swish(group_norm(self.num_groups, "norm_out")(h))
+        h = nn.swish(GroupNorm(self.num_groups, name="norm_out")(h))
         return conv3x3(self.out_channels or x.shape[-1], "conv_out", scale=ZERO_SCALE)(h)
 
     def _resolutions(self, height: int, width: int) -> list[int]:

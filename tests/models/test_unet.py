@@ -2,13 +2,16 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 
 from ddpm import UNet
-from ddpm.models.unet import conv3x3, time_embedding
+from ddpm.models import unet
+from ddpm.models.unet import GroupNorm, conv3x3, time_embedding
 from tests.exact import close
 
 # --- The oracle, in float64
@@ -319,3 +322,41 @@ def test_one_time_for_all_and_nothing_but_batches_of_images():
     assert (model.apply(params, x, 3) == model.apply(params, x, jnp.full(2, 3))).all()
     with pytest.raises(ValueError, match=r"expected images \[B, H, W, C\], got \(4, 4, 1\)"):
         model.apply(params, x[0], 3)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(8, 4), (12, 4), (6, 1), (4, 4)])
+def test_group_norm_is_that_of_flax(channels, groups):
+    """Values and all gradients, of data off centre; the groups next to each other."""
+    x, g = jax.random.normal(jax.random.key(0), (2, 3, 5, 4, channels)) * 2
+    x += jnp.arange(channels)
+    scale, bias = jax.random.normal(jax.random.key(1), (2, channels))
+    results = []
+    for norm in (GroupNorm(groups), nn.GroupNorm(groups, epsilon=1e-6)):
+        params = {"scale": scale, "bias": bias}
+        value, pull = jax.vjp(lambda p, x, norm=norm: norm.apply({"params": p}, x), params, x)
+        of_params, of_x = pull(g)
+        results.append((value, of_params["scale"], of_params["bias"], of_x))
+    for found, expected in zip(*results, strict=True):
+        close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_group_norm_adds_its_epsilon_to_the_variance():
+    x = jnp.array([1e-3, -1e-3]).reshape(1, 2, 1, 1)
+    params = {"scale": jnp.ones(1), "bias": jnp.zeros(1)}
+    found = GroupNorm(1).apply({"params": params}, x)
+    close(found.ravel(), np.array([1e-3, -1e-3]) / np.sqrt(2e-6), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_attention_is_that_of_jax_on_every_backend(size, monkeypatch):
+    q, k, v, g = jax.random.normal(jax.random.key(0), (4, 2, 9, 6)) * size
+    results = []
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        value, pull = jax.vjp(unet.attention, q, k, v)
+        results.append((value, *pull(g)))
+    weights = scipy.special.softmax(np.einsum("bqc,bkc->bqk", q, k) / 6**0.5, axis=-1)
+    close(results[0][0], np.einsum("bqk,bkc->bqc", weights, v), rtol=1e-4, atol=1e-4 * size)
+    # A gradient is a difference of products of three of the four.
+    for cpu, other in zip(*results, strict=True):
+        close(cpu, other, rtol=1e-4, atol=2e-6 * size**3)
