@@ -1,0 +1,86 @@
+"""One side of the comparison in a process of its own: reads requests, a JSON a line, and answers.
+
+Started by compare.py. What a side does not time, it does not do: it waits for the next request.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from networks import NETWORKS
+
+
+def bench_of(side: str, name: str, dtype: str) -> Any:
+    """The side's Bench of a network."""
+    network = NETWORKS[name]
+    if side == "ours":
+        from ddpm import backend
+
+        backend.configure()
+        import ours
+
+        return ours.Bench(network, dtype=dtype)
+    import theirs
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count() or 1)
+    kind, _, how = side.partition("-")
+    if kind == "lucidrains":
+        model = theirs.lucidrains(network, theirs.size(theirs.unet2d(network)))
+    else:
+        model = theirs.unet2d(network)
+    return theirs.Bench(
+        network, model, channels_last="channels_last" in how, compiled="compile" in how, dtype=dtype
+    )
+
+
+def main() -> None:
+    """worker.py SIDE NETWORK DTYPE."""
+    side, name, dtype = sys.argv[1:]
+    answer_to = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    bench = bench_of(side, name, dtype)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps(answer(bench, request)), file=answer_to, flush=True)
+
+
+def answer(bench: Any, request: dict[str, Any]) -> Any:
+    """What is asked: times of calls, an output, figures."""
+    match request["ask"]:
+        case "time":  # seconds of each of so many calls
+            call, seconds = getattr(bench, request["what"]), []
+            for _ in range(request["calls"]):
+                start = time.perf_counter()
+                call()
+                seconds.append(time.perf_counter() - start)
+            return seconds
+        case "weights":
+            np.savez(request["file"], **bench.weights())
+            return None
+        case "output":
+            with np.load(request["weights"]) as file:
+                weights = dict(file)
+            with np.load(request["input"]) as file:
+                x, t = file["x"], file["t"]
+            np.save(request["file"], bench.output(x, t, weights))
+            return None
+        case "flops":
+            return bench.flops()
+        case "parameters":
+            return bench.parameters()
+        case "memory":  # of the process on a CPU: ru_maxrss is in KiB on Linux, bytes on macOS
+            unit = 1 if sys.platform == "darwin" else 1024
+            return bench.peak_memory() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        case "peak":
+            return bench.peak(request["n"], request["dtype"])
+    raise ValueError(request)
+
+
+if __name__ == "__main__":
+    main()
