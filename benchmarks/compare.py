@@ -117,11 +117,11 @@ def measure(sides: list[Side], args: argparse.Namespace, result: dict[str, Any])
         for side in sides:
             side.ask("time", what=what, calls=2)
             (once,) = side.ask("time", what=what, calls=1)
-            calls[side.name] = max(1, round(args.seconds / once))
+            calls[side.name] = max(2, round(args.seconds / once))
         rounds: dict[str, list[float]] = {s.name: [] for s in sides}
         for turn in range(args.rounds):
             for side in sides if turn % 2 else reversed(sides):
-                times = side.ask("time", what=what, calls=calls[side.name])
+                times = side.ask("time", what=what, calls=calls[side.name], warm=True)
                 rounds[side.name].append(float(np.median(times)))
         print(
             f"\n{what:24} {'ms':>9} {'ours / it':>10} {'(least to most)':>16} {'images/s':>9}",

@@ -55,6 +55,8 @@ def answer(bench: Any, request: dict[str, Any]) -> Any:
     match request["ask"]:
         case "time":  # seconds of each of so many calls
             call, seconds = getattr(bench, request["what"]), []
+            if request.get("warm"):
+                call()  # after a rest: its memory and caches have gone to others
             for _ in range(request["calls"]):
                 start = time.perf_counter()
                 call()
