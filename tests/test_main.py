@@ -172,9 +172,3 @@ def test_compiled_programs_are_kept_and_told_of_once(tmp_path, monkeypatch):
     assert {p for p in contents(kept) if p.name.endswith("-cache")} == {
         p for p in before if p.name.endswith("-cache")
     }
-
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    none = runs.run(runs.command(tmp_path / "none", training__steps=1))
-    assert none.returncode == 0, none.stderr
-    assert not (tmp_path / "other" / "ddpm" / "compiled").exists()

@@ -1,0 +1,31 @@
+"""Where compiled programs are kept, and that the environment has the last word."""
+
+import jax
+import pytest
+
+from ddpm import backend
+
+
+@pytest.mark.parametrize("chosen", ["", "/elsewhere"])
+def test_the_environment_has_the_last_word(tmp_path, monkeypatch, chosen):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", chosen)
+    monkeypatch.setenv("XLA_FLAGS", "--a_flag")
+    before = jax.config.jax_compilation_cache_dir
+    backend.configure()
+    assert jax.config.jax_compilation_cache_dir == before
+    assert not list(tmp_path.iterdir())
+    assert backend.os.environ["XLA_FLAGS"].endswith("--a_flag")
+
+
+def test_by_default_in_the_cache_folder_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        backend.configure()
+        found = jax.config.jax_compilation_cache_dir
+        assert found.startswith(str(tmp_path / "ddpm" / "compiled"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
