@@ -111,12 +111,12 @@ class Checkpoints:
         self, step: int, abstract: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         meta = self._read_meta(step)
-        self._check_shapes(step, abstract)
         for name in abstract:
             try:
                 _read_through(self.folder / str(step) / name)
             except Exception as error:
                 _raise_damaged(f"its {name} cannot be read", error)
+        self._check_shapes(step, abstract)
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
