@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from ddpm import backend
 from ddpm.config import default, flatten, nearest, validate
-from ddpm.errors import InputError
+from ddpm.errors import InputError, first_line
 
 _MODES = ("train", "sample")
 _DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
@@ -54,9 +54,9 @@ def parse(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         fail(str(error))
     except (AttributeError, KeyError) as error:
-        fail(_wrong_key(argv) or f"the config cannot be read: {_first_line(error)}")
+        fail(_wrong_key(argv) or f"the config cannot be read: {first_line(error)}")
     except Exception as error:  # whatever a config file does
-        fail(f"the config cannot be read: {type(error).__name__}: {_first_line(error)}")
+        fail(f"the config cannot be read: {type(error).__name__}: {first_line(error)}")
 
 
 def _config_first(argv: Sequence[str]) -> list[str]:
@@ -87,10 +87,6 @@ def _wrong_key(argv: Sequence[str]) -> str:
     return ""
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["it says no more"])[0]
-
-
 def fail(text: str, code: int = 2) -> NoReturn:
     """One line on standard error, and out."""
     print(f"error: {text}", file=sys.stderr, flush=True)
@@ -106,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     backend.configure()
-    # Imported late: a wrong flag should not wait for JAX.
+    # Imported late: a wrong flag should not wait for Orbax and others.
     from ddpm.modes.sample import sample
     from ddpm.modes.train import NotFinite, train
 
@@ -134,7 +130,7 @@ def join(where: str) -> None:
         try:
             return jax.distributed.initialize()
         except (ValueError, RuntimeError) as error:
-            fail(f"{said}: JAX cannot tell the processes here ({_first_line(error)})")
+            fail(f"{said}: JAX cannot tell the processes here ({first_line(error)})")
     try:
         address, count, index = where.split(",")
         processes = int(count), int(index)

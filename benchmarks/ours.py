@@ -1,6 +1,6 @@
 """What is timed of this library: the step that training runs, and its sampler."""
 
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,13 +10,14 @@ from networks import EMA_DECAY, GRAD_CLIP, LEARNING_RATE, STEPS, Network
 
 import ddpm
 from ddpm.sampling.generate import Generator
+from ddpm.training.checkpoints import parameter_count
 from ddpm.training.state import Metrics, TrainState, adam, init, make_train_step
 
 
 class Bench:
     """One network, its step, forward pass and sampler; compiled at their first call."""
 
-    def __init__(self, network: Network, *, dtype: str = "float32") -> None:
+    def __init__(self, network: Network) -> None:
         self.network = network
         self.model = ddpm.UNet(**network.unet)
         self.schedule = ddpm.schedules.linear(1000)
@@ -97,16 +98,10 @@ class Bench:
 
     def parameters(self) -> int:
         """How many."""
-        return sum(x.size for x in jax.tree.leaves(self.state.params))
+        return parameter_count(self.state.params)
 
-    def peak(self, n: int, dtype: str) -> float:
-        """FLOP/s of a product of two n x n matrices, the best of five."""
-        a = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
-        product = jax.jit(jnp.matmul)
-        product(a, a).block_until_ready()
-        best = float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
-            product(a, a).block_until_ready()
-            best = min(best, time.perf_counter() - start)
-        return 2 * n**3 / best
+    def product(self, n: int) -> Callable[[], object]:
+        """A product of two n x n matrices, to be called."""
+        a = jax.random.normal(jax.random.key(0), (n, n))
+        multiply = jax.jit(jnp.matmul)
+        return lambda: multiply(a, a).block_until_ready()

@@ -4,7 +4,7 @@ The same work in each: noise at random times, squared error, gradient, clipping,
 """
 
 import itertools
-import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -128,7 +128,6 @@ class Bench:
         *,
         channels_last: bool = False,
         compiled: bool = False,
-        dtype: str = "float32",
     ) -> None:
         self.network = network
         memory = torch.channels_last if channels_last else torch.contiguous_format
@@ -136,9 +135,6 @@ class Bench:
         self.model = model.to(DEVICE, memory_format=memory)
         self.ema = [p.detach().clone() for p in self.model.parameters()]
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE)
-        self.autocast = torch.autocast(
-            DEVICE, dtype=torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=True
-        )
         beta = np.linspace(1e-4, 0.02, _T)
         self.alpha_bar = torch.tensor(np.cumprod(1 - beta), dtype=torch.float32, device=DEVICE)
         h, w, c = network.image_shape
@@ -148,8 +144,7 @@ class Bench:
         self.call = torch.compile(self._forward) if compiled else self._forward
 
     def _forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        with self.autocast:
-            out = self.model(x, t)
+        out = self.model(x, t)
         return out if torch.is_tensor(out) else out.sample
 
     def _loss(self, x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
@@ -246,13 +241,12 @@ class Bench:
         """Bytes on an accelerator; None on a CPU."""
         return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
 
-    def peak(self, n: int, dtype: str) -> float:
-        """FLOP/s of a product of two n x n matrices, the best of five."""
-        a = torch.randn(n, n, device=DEVICE, dtype=getattr(torch, dtype))
-        best = float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
+    def product(self, n: int) -> Callable[[], None]:
+        """A product of two n x n matrices, to be called."""
+        a = torch.randn(n, n, device=DEVICE)
+
+        def multiply() -> None:
             a @ a
             settle()
-            best = min(best, time.perf_counter() - start)
-        return 2 * n**3 / best
+
+        return multiply

@@ -8,13 +8,14 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from networks import NETWORKS
 
 
-def bench_of(side: str, name: str, dtype: str) -> Any:
+def bench_of(side: str, name: str) -> Any:
     """The side's Bench of a network."""
     network = NETWORKS[name]
     if side == "ours":
@@ -23,7 +24,7 @@ def bench_of(side: str, name: str, dtype: str) -> Any:
         backend.configure()
         import ours
 
-        return ours.Bench(network, dtype=dtype)
+        return ours.Bench(network)
     import theirs
     import torch
 
@@ -35,16 +36,16 @@ def bench_of(side: str, name: str, dtype: str) -> Any:
     else:
         model = theirs.unet2d(network)
     return theirs.Bench(
-        network, model, channels_last="channels_last" in how, compiled="compile" in how, dtype=dtype
+        network, model, channels_last="channels_last" in how, compiled="compile" in how
     )
 
 
 def main() -> None:
-    """worker.py SIDE NETWORK DTYPE."""
-    side, name, dtype = sys.argv[1:]
+    """worker.py SIDE NETWORK."""
+    side, name = sys.argv[1:]
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    bench = bench_of(side, name, dtype)
+    bench = bench_of(side, name)
     for line in sys.stdin:
         request = json.loads(line)
         print(json.dumps(answer(bench, request)), file=answer_to, flush=True)
@@ -54,14 +55,10 @@ def answer(bench: Any, request: dict[str, Any]) -> Any:
     """What is asked: times of calls, an output, figures."""
     match request["ask"]:
         case "time":  # seconds of each of so many calls
-            call, seconds = getattr(bench, request["what"]), []
+            call = getattr(bench, request["what"])
             if request.get("warm"):
                 call()  # after a rest: its memory and caches have gone to others
-            for _ in range(request["calls"]):
-                start = time.perf_counter()
-                call()
-                seconds.append(time.perf_counter() - start)
-            return seconds
+            return timed(call, request["calls"])
         case "weights":
             np.savez(request["file"], **bench.weights())
             return None
@@ -79,9 +76,20 @@ def answer(bench: Any, request: dict[str, Any]) -> Any:
         case "memory":  # of the process on a CPU: ru_maxrss is in KiB on Linux, bytes on macOS
             unit = 1 if sys.platform == "darwin" else 1024
             return bench.peak_memory() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        case "peak":
-            return bench.peak(request["n"], request["dtype"])
+        case "peak":  # FLOP/s of a large matrix product, at best
+            multiply = bench.product(request["n"])
+            return 2 * request["n"] ** 3 / min(timed(multiply, 6))
     raise ValueError(request)
+
+
+def timed(call: Callable[[], object], calls: int) -> list[float]:
+    """Seconds of each of so many calls."""
+    seconds = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 if __name__ == "__main__":

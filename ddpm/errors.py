@@ -7,3 +7,9 @@ class InputError(ValueError):
     Its text is one line that says what is wrong, where, what is allowed and what to do;
     `main.py` prints it and exits with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, or its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

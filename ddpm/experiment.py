@@ -18,7 +18,7 @@ from ddpm.diffusion import schedules
 from ddpm.diffusion.gaussian import fixed_large, fixed_small
 from ddpm.diffusion.predictions import Denoiser, clipped, denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
-from ddpm.errors import InputError
+from ddpm.errors import InputError, first_line
 from ddpm.models.unet import UNet
 from ddpm.sampling.generate import Generator
 from ddpm.sampling.samplers import Sampler, ancestral, ddim
@@ -120,7 +120,7 @@ def check_model(model: UNet, image_shape: tuple[int, int, int]) -> Any:
     try:
         return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
     except ValueError as error:
-        raise InputError(f"config.model: {str(error).splitlines()[0]}") from error
+        raise InputError(f"config.model: {first_line(error)}") from error
 
 
 def source(config: ConfigDict) -> Source:

@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import logging as absl_logging
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, first_line
 
 RANDOM_ACCESS = ("array_record", "parquet")  # tfds' formats whose examples are read by index
 _OURS = ("digits", "folder", "npz")  # what a mistyped name may have meant, besides tfds' sets
@@ -26,7 +26,7 @@ def quiet() -> Iterator[None]:
         absl_logging.set_verbosity(before)
 
 
-def library() -> ModuleType:
+def import_tfds() -> ModuleType:
     """tensorflow_datasets, imported when first needed: it takes most of a second."""
     with quiet():
         try:
@@ -45,7 +45,7 @@ def find(name: str, data_dir: str | Path | None = None) -> Any:
     Raises InputError for an unknown name or config, with the nearest ones, and for a set that is
     there in a format without random access.
     """
-    tfds = library()
+    tfds = import_tfds()
     place = str(Path(data_dir).expanduser()) if data_dir else None
     with quiet():
         try:
@@ -90,9 +90,3 @@ def _explained(tfds: ModuleType, name: str, error: Exception) -> InputError:
     near = difflib.get_close_matches(base, [*names, *_OURS], n=3)
     said = f"did you mean {' or '.join(near)}?" if near else "see tfds.list_builders()"
     return InputError(f"{name!r} is no data set of tensorflow-datasets or of ours; {said}")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, or its kind."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from ddpm.data import catalogue
 from ddpm.data.originals import file_name, without_tensorflow
-from ddpm.errors import InputError
+from ddpm.errors import InputError, first_line
 
 
 def prepare(
@@ -64,7 +64,7 @@ def prepare(
 
 
 def _run(builder: Any, manual: Path) -> None:
-    library = catalogue.library()
+    library = catalogue.import_tfds()
     if not sys.stderr.isatty():
         library.disable_progress_bar()
     with catalogue.quiet():
@@ -140,7 +140,7 @@ def _unreachable(url: str, seconds: float = 4.0) -> str:
         except urllib.error.HTTPError:
             answer[0] = ""  # it answered: the download itself will tell
         except (OSError, ValueError) as error:
-            answer[0] = catalogue.first_line(error)
+            answer[0] = first_line(error)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -152,7 +152,7 @@ def _explained(error: Exception, name: str, place: str, manual: Path) -> InputEr
     """What the user can mend; None for what looks like a fault of ours or of tfds."""
     from tensorflow_datasets.core.download import download_manager, util
 
-    line = catalogue.first_line(error).rstrip(":")
+    line = first_line(error).rstrip(":")
     if isinstance(error, download_manager.NonMatchingChecksumError):
         return InputError(f"{line}; it is not the file that tfds expects: download it again")
     if isinstance(error, AssertionError):  # tfds' own way to miss files

@@ -41,7 +41,7 @@ def tfds(
 def _read(
     builder: Any, name: str, split: str, image_size: tuple[int, int] | None, memory_budget: int
 ) -> Source:
-    library = catalogue.library()
+    library = catalogue.import_tfds()
     try:
         instructions = builder.info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
@@ -91,7 +91,7 @@ def _features(
     builder: Any, name: str, image_size: tuple[int, int] | None
 ) -> tuple[tuple[int, int, int], Any]:
     """The images' shape, and tfds' features cut down to 'image' and, where it is one, 'label'."""
-    kinds = catalogue.library().features
+    kinds = catalogue.import_tfds().features
     whole = builder.info.features
     features = dict(whole.items()) if isinstance(whole, kinds.FeaturesDict) else {}
     image = features.get("image")

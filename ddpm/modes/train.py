@@ -137,7 +137,7 @@ def _train(built: experiment.Experiment, source: Source, workdir: Path) -> None:
                     check_finite(metrics, checkpoints)
                     logbook.scalars(step, summary(metrics, built.schedule.num_steps))
                     metrics = no_metrics()
-                if step % training.checkpoint_every == 0 or step == training.steps:
+                if step % training.checkpoint_every == 0:
                     save(state, metrics)
                 between = training.sample_every and step < training.steps
                 if between and step % training.sample_every == 0 and not stop.name:

@@ -119,7 +119,8 @@ def test_equation_11(name):
     expected = (x_t - beta / sigma * eps) / np.sqrt(1 - beta)
     prediction = predictions.from_eps(schedule, x_t, t, eps)
     found = predictions.to_posterior_mean(schedule, x_t, t, prediction)
-    assert (abs(found - expected) < 1e-5 / np.sqrt(1 - beta)).all()
+    tolerance = 1e-5 if name == "steep" else 3e-6  # its log-SNR of -139 is rounded to 8e-6
+    assert (abs(found - expected) < tolerance / np.sqrt(1 - beta)).all()
 
 
 @jax.jit
