@@ -22,7 +22,14 @@ import numpy as np
 from networks import NETWORKS
 
 HERE = Path(__file__).parent
-SIDES = ("ours", "diffusers", "diffusers-channels_last", "diffusers-compile", "lucidrains")
+SIDES = (
+    "ours",
+    "diffusers",
+    "diffusers-channels_last",
+    "diffusers-large_pages",
+    "diffusers-compile",
+    "lucidrains",
+)
 WHAT = ("train", "forward", "step", "sample")
 
 
@@ -33,6 +40,8 @@ class Side:
         self.name = name
         self.born = time.perf_counter()
         environment = os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}"}
+        if name == "ours" or name.endswith("large_pages"):
+            environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # as main.py does
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "worker.py"), name, network],
             stdin=subprocess.PIPE,

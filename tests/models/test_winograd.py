@@ -1,0 +1,92 @@
+"""The convolution of wide layers on CPUs, against XLA's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm.models import unet, winograd
+
+
+def direct(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def arrays(height, width, batch=2):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (batch, height, width, 6))
+    kernel = jax.random.normal(keys[1], (3, 3, 6, 5))
+    return x, kernel, jax.random.normal(keys[2], (batch, height, width, 5))
+
+
+def assert_close(actual, expected):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+
+
+SIZES = [(8, 8), (4, 6), (7, 7), (5, 8), (1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_is_the_convolution(height, width):
+    x, kernel, _ = arrays(height, width)
+    assert_close(winograd.conv3x3(x, kernel), direct(x, kernel))
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_has_its_gradients(height, width):
+    x, kernel, g = arrays(height, width)
+    actual = jax.vjp(winograd.conv3x3, x, kernel)[1](g)
+    assert_close(actual, jax.vjp(direct, x, kernel)[1](g))
+
+
+def test_forward_mode_and_vmap():
+    # For Jacobians and gradients per example.
+    x, kernel, _ = arrays(6, 6)
+    tangents = (jnp.cos(x), jnp.sin(kernel))
+    actual = jax.jvp(winograd.conv3x3, (x, kernel), tangents)
+    assert_close(actual, jax.jvp(direct, (x, kernel), tangents))
+
+    def per_example(conv):
+        loss = lambda x, kernel: jnp.square(conv(x[None], kernel)).sum()  # noqa: E731
+        return jax.vmap(jax.grad(loss, argnums=1), (0, None))(x, kernel)
+
+    assert_close(per_example(winograd.conv3x3), per_example(direct))
+
+
+def test_the_gradient_of_a_gradient():
+    x, kernel, _ = arrays(4, 4, batch=1)
+
+    def penalty(conv):
+        inner = lambda x: jnp.sin(0.1 * conv(x, kernel)).sum()  # noqa: E731
+        return jax.grad(lambda x: jnp.square(jax.grad(inner)(x)).sum())(x)
+
+    assert_close(penalty(winograd.conv3x3), penalty(direct))
+
+
+def test_the_gradient_keeps_the_input_only():
+    x, kernel, _ = arrays(16, 16)
+    kept = jax.tree.leaves(jax.vjp(lambda x: winograd.conv3x3(x, kernel), x)[1])
+    assert max(k.size for k in kept) <= x.size
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 3), (14, 14, 3)])
+def test_the_network_is_the_same_by_either(shape, monkeypatch):
+    model = unet.UNet(channels=128, channel_multipliers=(1, 1), num_res_blocks=1,
+                      attention_resolutions=(), dropout=0.0)  # fmt: skip
+    x = jax.random.normal(jax.random.key(0), (2, *shape))
+    t = jnp.array([1, 1000])
+    params = model.init(jax.random.key(1), x, t)
+    params = jax.tree.map(
+        lambda p: p + 0.02 * jax.random.normal(jax.random.key(2), p.shape), params
+    )
+    called = []
+    monkeypatch.setattr(
+        winograd, "conv3x3", lambda x, k, f=winograd.conv3x3: called.append(k.shape) or f(x, k)
+    )
+    actual = model.apply(params, x, t)
+    assert (len(called) > 0) == (jax.default_backend() == "cpu")
+    monkeypatch.setattr(unet, "convolution", jax.lax.conv_general_dilated)
+    np.testing.assert_allclose(actual, model.apply(params, x, t), rtol=0, atol=1e-5)
