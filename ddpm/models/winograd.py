@@ -22,9 +22,8 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     batch, height, width, _ = x.shape
     tiles = jax.checkpoint(_transformed_tiles)(x)  # four times x: for the gradient computed again
     g = _both_axes(_G, kernel.reshape(9, *kernel.shape[2:]))
-    products = jax.lax.dot_general(tiles, g, (((4,), (1,)), ((0,), (0,))))
-    y = _both_axes(_A.T, products)
-    _, _, rows, columns, channels = y.shape
+    y = _both_axes(_A.T, jnp.matmul(tiles, g))
+    rows, columns, channels = -(-height // 2), -(-width // 2), kernel.shape[-1]
     y = y.reshape(2, 2, batch, rows, columns, channels).transpose(2, 3, 0, 4, 1, 5)
     return y.reshape(batch, 2 * rows, 2 * columns, channels)[:, :height, :width]
 
@@ -35,7 +34,8 @@ def _both_axes(matrix: np.ndarray, tiles: jax.Array) -> jax.Array:
     A product with the Kronecker matrix. As sums of slices XLA would compute whatever
     `tiles` is made of anew for every one of its uses.
     """
-    return jnp.tensordot(np.kron(matrix, matrix), tiles, 1)
+    product = np.kron(matrix, matrix) @ tiles.reshape(len(tiles), -1)
+    return product.reshape(-1, *tiles.shape[1:])
 
 
 def _pairs(x: jax.Array) -> jax.Array:
@@ -52,13 +52,13 @@ def _pairs(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _transformed_tiles(x: jax.Array) -> jax.Array:
-    """B^T d B of all tiles: [B, H, W, C] -> [16, B, h, w, C]. By sums: x is read where it lies."""
+    """B^T d B of all tiles, by sums: [B, H, W, C] -> [16, B * h * w, C]."""
     pairs = _pairs(x)
     batch, rows, _, columns, _, channels = pairs.shape
     h, w = rows - 1, columns - 1
     along_rows = _b_transposed([pairs[:, i : h + i, j] for i in (0, 1) for j in (0, 1)], axis=0)
     tiles = [along_rows[:, :, :, i : w + i, j] for i in (0, 1) for j in (0, 1)]
-    return _b_transposed(tiles, axis=1).reshape(16, batch, h, w, channels)
+    return _b_transposed(tiles, axis=1).reshape(16, batch * h * w, channels)
 
 
 def _b_transposed(d: list[jax.Array], axis: int) -> jax.Array:
@@ -74,4 +74,6 @@ def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array,
         pairs[:, row : h + row, i, column : w + column, j]
         for row, i, column, j in np.ndindex(2, 2, 2, 2)
     ]
-    return _transformed_tiles(*primals), _both_axes(_B.T, jnp.stack(tiles))
+    return _transformed_tiles(*primals), _both_axes(
+        _B.T, jnp.stack(tiles).reshape(16, -1, pairs.shape[-1])
+    )
