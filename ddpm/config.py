@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from ddpm.errors import InputError
 
 CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
     "diffusion.schedule": (
         "linear",
         "quadratic",
@@ -51,6 +52,7 @@ def default() -> ConfigDict:
     config.model.attention_resolutions = (16,)
     config.model.dropout = 0.1
     config.model.num_groups = 32
+    config.model.dtype = "float32"  # of the computation; "bfloat16": faster on GPUs and TPUs
 
     config.diffusion = ConfigDict()
     config.diffusion.schedule = "linear"

@@ -82,6 +82,7 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
         attention_resolutions=tuple(m.attention_resolutions),
         dropout=m.dropout,
         num_groups=m.num_groups,
+        dtype=jnp.dtype(m.dtype),
     )
     check_model(model, image_shape)
     optimizer = adam(t.learning_rate, warmup_steps=t.warmup_steps, grad_clip=t.grad_clip)
@@ -161,8 +162,8 @@ def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Any) -> l
     now, before = flatten(to_json(config)), flatten(to_json(default())) | flatten(saved)
     free = ("sampling.", "training.steps", "training.log_every", "training.sample_every",
             "training.checkpoint")  # fmt: skip
-    told = ("data.path", "data.broken_images", "training.learning_rate", "training.warmup_steps",
-            "training.grad_clip")  # fmt: skip
+    told = ("data.path", "data.broken_images", "model.dtype", "training.learning_rate",
+            "training.warmup_steps", "training.grad_clip")  # fmt: skip
     changed = []
     for key in sorted(now.keys() | before.keys()):
         if key.startswith(free) or now.get(key) == before.get(key):

@@ -3,12 +3,14 @@
 With the settings of the paper it has 35,746,307 parameters for CIFAR-10 and 113,673,219 at 256x256.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ddpm.models import winograd
 
@@ -21,7 +23,9 @@ def initializer(scale: float = 1.0) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
 
 
-def conv3x3(channels: int, name: str, *, stride: int = 1, scale: float = 1.0) -> nn.Conv:
+def conv3x3(
+    channels: int, name: str, *, dtype: DTypeLike, stride: int = 1, scale: float = 1.0
+) -> nn.Conv:
     """A 3x3 convolution. With stride 2, 'SAME' pads an even size at the bottom and right only."""
     return nn.Conv(
         channels,
@@ -30,6 +34,7 @@ def conv3x3(channels: int, name: str, *, stride: int = 1, scale: float = 1.0) ->
         "SAME",
         kernel_init=initializer(scale),
         conv_general_dilated=convolution,
+        dtype=dtype,
         name=name,
     )
 
@@ -42,9 +47,9 @@ def convolution(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **h
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **how)
 
 
-def dense(features: int, name: str, *, scale: float = 1.0) -> nn.Dense:
+def dense(features: int, name: str, *, dtype: DTypeLike, scale: float = 1.0) -> nn.Dense:
     """A linear layer over the last axis; on [B, H, W, C] it is a 1x1 convolution."""
-    return nn.Dense(features, kernel_init=initializer(scale), name=name)
+    return nn.Dense(features, kernel_init=initializer(scale), dtype=dtype, name=name)
 
 
 class GroupNorm(nn.Module):
@@ -59,7 +64,7 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> the same shape."""
+        """[B, H, W, C] -> the same shape and dtype; the statistics are float32."""
         batch, height, width, channels = x.shape
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -69,12 +74,13 @@ class GroupNorm(nn.Module):
             sums = per_channel.reshape(batch, self.num_groups, size).sum(axis=-1)
             return jnp.repeat(sums / (height * width * size), size, axis=-1)
 
-        mean = group_mean(x.sum(axis=(1, 2)))
-        square = group_mean(jnp.square(x).sum(axis=(1, 2)))
+        x_32 = x.astype(jnp.float32)
+        mean = group_mean(x_32.sum(axis=(1, 2)))
+        square = group_mean(jnp.square(x_32).sum(axis=(1, 2)))
         variance = jnp.maximum(square - jnp.square(mean), 0.0)
         scale = scale * jax.lax.rsqrt(variance + self.epsilon)
         shift = bias - mean * scale
-        return x * scale[:, None, None, :] + shift[:, None, None, :]
+        return (x_32 * scale[:, None, None, :] + shift[:, None, None, :]).astype(x.dtype)
 
 
 def time_embedding(t: jax.Array, dimension: int) -> jax.Array:
@@ -95,43 +101,48 @@ class ResBlock(nn.Module):
     channels: int
     dropout: float
     num_groups: int
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
         h = nn.swish(GroupNorm(self.num_groups, name="norm_1")(x))
-        h = conv3x3(self.channels, "conv_1")(h)
-        h += dense(self.channels, "time")(nn.swish(embedding))[:, None, None, :]
+        h = conv3x3(self.channels, "conv_1", dtype=self.dtype)(h)
+        time = dense(self.channels, "time", dtype=self.dtype)(nn.swish(embedding))
+        h += time[:, None, None, :]
         h = nn.swish(GroupNorm(self.num_groups, name="norm_2")(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = conv3x3(self.channels, "conv_2", scale=ZERO_SCALE)(h)
+        h = conv3x3(self.channels, "conv_2", dtype=self.dtype, scale=ZERO_SCALE)(h)
         if x.shape[-1] != self.channels:
-            x = dense(self.channels, "shortcut")(x)
+            x = dense(self.channels, "shortcut", dtype=self.dtype)(x)
         return x + h
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(C)) v, one head: [B, N, C] each -> [B, N, C]."""
+    """softmax(q k^T / sqrt(C)) v, one head: [B, N, C] each -> [B, N, C]; the softmax in float32."""
     if jax.default_backend() != "cpu":
         q, k, v = (x[:, :, None] for x in (q, k, v))
         return jax.nn.dot_product_attention(q, k, v)[:, :, 0]
     # The same in less time on a CPU: plain products, and the division left to the few outputs.
-    logits = jnp.einsum("bqc,bkc->bqk", q * q.shape[-1] ** -0.5, k)
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = einsum("bqc,bkc->bqk", q * q.shape[-1] ** -0.5, k)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    return jnp.einsum("bqk,bkc->bqc", weights, v) / weights.sum(axis=-1, keepdims=True)
+    out = einsum("bqk,bkc->bqc", weights.astype(v.dtype), v)
+    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
 
 
 class AttentionBlock(nn.Module):
     """Self-attention over all positions with one head, and the residual."""
 
     num_groups: int
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
         h = GroupNorm(self.num_groups, name="norm")(x).reshape(batch, height * width, channels)
-        q, k, v = (dense(channels, name)(h) for name in ("query", "key", "value"))
+        q, k, v = (dense(channels, n, dtype=self.dtype)(h) for n in ("query", "key", "value"))
         h = attention(q, k, v).reshape(x.shape)
-        return x + dense(channels, "out", scale=ZERO_SCALE)(h)
+        return x + dense(channels, "out", dtype=self.dtype, scale=ZERO_SCALE)(h)
 
 
 class UNet(nn.Module):
@@ -146,6 +157,8 @@ class UNet(nn.Module):
       dropout: its rate, in training.
       num_groups: of every GroupNorm.
       out_channels: those of the input, if None.
+      dtype: of the computation, float32 or bfloat16. Parameters, the statistics of norms, the
+        softmax and the output are float32 either way.
     """
 
     channels: int = 128
@@ -155,6 +168,7 @@ class UNet(nn.Module):
     dropout: float = 0.1
     num_groups: int = 32
     out_channels: int | None = None
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, *, train: bool = False) -> jax.Array:
@@ -171,40 +185,48 @@ class UNet(nn.Module):
         resolutions = self._resolutions(*x.shape[1:3])
 
         embedding = time_embedding(t, self.channels)
-        embedding = dense(4 * self.channels, "time_1")(embedding)
-        embedding = dense(4 * self.channels, "time_2")(nn.swish(embedding))
+        embedding = dense(4 * self.channels, "time_1", dtype=self.dtype)(embedding)
+        embedding = dense(4 * self.channels, "time_2", dtype=self.dtype)(nn.swish(embedding))
+
+        def res_block(h: jax.Array, channels: int, name: str) -> jax.Array:
+            layer = ResBlock(channels, self.dropout, self.num_groups, self.dtype, name=name)
+            return layer(h, embedding, train)
+
+        def attention_block(h: jax.Array, name: str) -> jax.Array:
+            return AttentionBlock(self.num_groups, self.dtype, name=name)(h)
 
         def block(h: jax.Array, level: int, name: str) -> jax.Array:
-            channels = self.channels * self.channel_multipliers[level]
-            h = ResBlock(channels, self.dropout, self.num_groups, name=name)(h, embedding, train)
+            h = res_block(h, self.channels * self.channel_multipliers[level], name)
             if resolutions[level] in self.attention_resolutions:
-                h = AttentionBlock(self.num_groups, name=f"{name}_attention")(h)
+                h = attention_block(h, f"{name}_attention")
             return h
 
-        h = conv3x3(self.channels, "conv_in")(x)
+        h = conv3x3(self.channels, "conv_in", dtype=self.dtype)(x)
         skips = [h]
         for level in levels:
             for i in range(self.num_res_blocks):
                 h = block(h, level, f"down_{level}_{i}")
                 skips.append(h)
             if level != levels[-1]:
-                h = conv3x3(h.shape[-1], f"downsample_{level}", stride=2)(h)
+                h = conv3x3(h.shape[-1], f"downsample_{level}", dtype=self.dtype, stride=2)(h)
                 skips.append(h)
 
         middle = h.shape[-1]
-        h = ResBlock(middle, self.dropout, self.num_groups, name="middle_0")(h, embedding, train)
-        h = AttentionBlock(self.num_groups, name="middle_attention")(h)
-        h = ResBlock(middle, self.dropout, self.num_groups, name="middle_1")(h, embedding, train)
+        h = res_block(h, middle, "middle_0")
+        h = attention_block(h, "middle_attention")
+        h = res_block(h, middle, "middle_1")
 
         for level in reversed(levels):
             for i in range(self.num_res_blocks + 1):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), level, f"up_{level}_{i}")
             if level != levels[0]:
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
-                h = conv3x3(h.shape[-1], f"upsample_{level}")(h)
+                h = conv3x3(h.shape[-1], f"upsample_{level}", dtype=self.dtype)(h)
 
         h = nn.swish(GroupNorm(self.num_groups, name="norm_out")(h))
-        return conv3x3(self.out_channels or x.shape[-1], "conv_out", scale=ZERO_SCALE)(h)
+        channels = self.out_channels or x.shape[-1]
+        h = conv3x3(channels, "conv_out", dtype=self.dtype, scale=ZERO_SCALE)(h)
+        return h.astype(jnp.float32)
 
     def _resolutions(self, height: int, width: int) -> list[int]:
         """The shorter side at each level, after checking that the network can be built."""

@@ -34,7 +34,7 @@ def _both_axes(matrix: np.ndarray, tiles: jax.Array) -> jax.Array:
     A product with the Kronecker matrix. As sums of slices XLA would compute whatever
     `tiles` is made of anew for every one of its uses.
     """
-    product = np.kron(matrix, matrix) @ tiles.reshape(len(tiles), -1)
+    product = jnp.matmul(np.kron(matrix, matrix), tiles.reshape(len(tiles), -1))
     return product.reshape(-1, *tiles.shape[1:])
 
 

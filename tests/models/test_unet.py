@@ -268,7 +268,7 @@ def test_convolution_pads_with_stride_2_at_the_bottom_and_right_only(stride, row
     x = np.zeros((1, 4, 6, 1), np.float32)
     x[0, 1, 2] = 1
     kernel = np.arange(1, 10, dtype=np.float32).reshape(3, 3, 1, 1)
-    layer = conv3x3(1, "conv", stride=stride)
+    layer = conv3x3(1, "conv", dtype=jnp.float32, stride=stride)
     out = layer.apply({"params": {"kernel": kernel, "bias": np.zeros(1, np.float32)}}, x)[0, ..., 0]
     if stride == 1:
         assert (out[0:3, 1:4] == kernel[::-1, ::-1, 0, 0]).all()
@@ -360,3 +360,52 @@ def test_attention_is_that_of_jax_on_every_backend(size, monkeypatch):
     # A gradient is a difference of products of three of the four.
     for cpu, other in zip(*results, strict=True):
         close(cpu, other, rtol=1e-4, atol=2e-6 * size**3)
+
+
+# --- bfloat16
+
+
+def operations(jaxpr):
+    """All equations, those of nested functions too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if isinstance(inner, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr):
+                    yield from operations(getattr(inner, "jaxpr", inner))
+
+
+def test_bfloat16_computes_in_it_what_may_be_and_the_rest_in_float32():
+    model, params, x, t, _ = network("grey_square")
+    model = model.copy(dtype=jnp.bfloat16)
+    trace = jax.make_jaxpr(lambda p: model.apply({"params": p}, x, t))(params)
+    used = {}
+    for equation in operations(trace.jaxpr):
+        for x_in in equation.invars[:1]:
+            used.setdefault(equation.primitive.name, set()).add(x_in.aval.dtype.name)
+    assert used["conv_general_dilated"] == {"bfloat16"}
+    assert used["dot_general"] == {"bfloat16"}
+    assert used["rsqrt"] == {"float32"}  # norms
+    assert used["reduce_sum"] == {"float32"}  # norms and softmax
+    assert used["reduce_max"] == {"float32"}
+    assert trace.out_avals[0].dtype == jnp.float32
+    initial = jax.eval_shape(model.init, jax.random.key(0), x, t)
+    assert {p.dtype for p in jax.tree.leaves(initial)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_bfloat16_is_near_float32(name):
+    model, params, x, t, apply = network(name)
+    found = model.copy(dtype=jnp.bfloat16).apply({"params": params}, x, t)
+    exact = apply(params, x, t)
+    error = jnp.sqrt(jnp.mean(jnp.square(found - exact)) / jnp.mean(jnp.square(exact)))
+    assert 1e-4 < error < 0.04  # eight bits a number, a dozen layers
+
+
+def test_norm_of_bfloat16_far_from_zero():
+    """Squares of 300 lose, in bfloat16, the variance of 1 beside them."""
+    x = (300 + jax.random.normal(cheap_key(0), (1, 64, 64, 4))).astype(jnp.bfloat16)
+    params = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
+    found = GroupNorm(2).apply({"params": params}, x)
+    assert found.dtype == jnp.bfloat16
+    close(found.astype(jnp.float32), norm(params, np.float64(x), 2), rtol=0, atol=0.1)
