@@ -36,14 +36,14 @@ WHAT = ("train", "forward", "step", "sample")
 class Side:
     """A worker, and what was measured of it."""
 
-    def __init__(self, name: str, network: str) -> None:
+    def __init__(self, name: str, network: str, dtype: str) -> None:
         self.name = name
         self.born = time.perf_counter()
         environment = os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}"}
         if name == "ours" or name.endswith("large_pages"):
             environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # as main.py does
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), name, network],
+            [sys.executable, str(HERE / "worker.py"), name, network, dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=usual)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each timing, about")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path, help="where to write all figures too")
     args = parser.parse_args()
 
@@ -87,7 +88,7 @@ def main() -> None:
     }
     sides = []
     for name in args.sides:  # one after the other, so that the time to the first step is its own
-        side = Side(name, args.network)
+        side = Side(name, args.network, args.dtype)
         try:
             (first,) = side.ask("time", what="train", calls=1)
         except RuntimeError as error:
@@ -113,7 +114,7 @@ def measure(sides: list[Side], args: argparse.Namespace, result: dict[str, Any])
     peaks = {s.name: s.ask("peak", n=4096) for s in sides}
     peak = max(peaks.values())
     result |= {"flops": flops, "peaks": peaks}
-    print(f"\n{result['machine']}, {result['date']}: {args.network}, batch {batch}, float32")
+    print(f"\n{result['machine']}, {result['date']}: {args.network}, batch {batch}, {args.dtype}")
     print(f"a 4096 x 4096 matrix product at best: {peak / 1e9:,.0f} GFLOP/s")
     if {"ours", "diffusers"} <= {s.name for s in sides}:
         error = agreement(sides, args.network)

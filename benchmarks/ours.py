@@ -17,9 +17,10 @@ from ddpm.training.state import Metrics, TrainState, adam, init, make_train_step
 class Bench:
     """One network, its step, forward pass and sampler; compiled at their first call."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, *, dtype: str) -> None:
         self.network = network
-        self.model = ddpm.UNet(**network.unet)
+        self.dtype = jnp.dtype(dtype)
+        self.model = ddpm.UNet(**network.unet, dtype=self.dtype)
         self.schedule = ddpm.schedules.linear(1000)
         optimizer = adam(LEARNING_RATE, grad_clip=GRAD_CLIP)
         start = jax.jit(lambda: init(self.model, optimizer, network.image_shape, 0))
@@ -102,6 +103,6 @@ class Bench:
 
     def product(self, n: int) -> Callable[[], object]:
         """A product of two n x n matrices, to be called."""
-        a = jax.random.normal(jax.random.key(0), (n, n))
+        a = jax.random.normal(jax.random.key(0), (n, n), self.dtype)
         multiply = jax.jit(jnp.matmul)
         return lambda: multiply(a, a).block_until_ready()

@@ -126,10 +126,12 @@ class Bench:
         network: Network,
         model: torch.nn.Module,
         *,
+        dtype: str,
         channels_last: bool = False,
         compiled: bool = False,
     ) -> None:
         self.network = network
+        self.dtype = getattr(torch, dtype)
         memory = torch.channels_last if channels_last else torch.contiguous_format
         self.memory = memory
         self.model = model.to(DEVICE, memory_format=memory)
@@ -144,7 +146,9 @@ class Bench:
         self.call = torch.compile(self._forward) if compiled else self._forward
 
     def _forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        out = self.model(x, t)
+        mixed = self.dtype != torch.float32
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=mixed):
+            out = self.model(x, t)
         return out if torch.is_tensor(out) else out.sample
 
     def _loss(self, x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
@@ -243,7 +247,7 @@ class Bench:
 
     def product(self, n: int) -> Callable[[], None]:
         """A product of two n x n matrices, to be called."""
-        a = torch.randn(n, n, device=DEVICE)
+        a = torch.randn(n, n, device=DEVICE, dtype=self.dtype)
 
         def multiply() -> None:
             a @ a

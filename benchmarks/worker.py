@@ -15,8 +15,8 @@ import numpy as np
 from networks import NETWORKS
 
 
-def bench_of(side: str, name: str) -> Any:
-    """The side's Bench of a network."""
+def bench_of(side: str, name: str, dtype: str) -> Any:
+    """The side's Bench of a network that computes in `dtype`."""
     network = NETWORKS[name]
     if side == "ours":
         from ddpm import backend
@@ -24,7 +24,7 @@ def bench_of(side: str, name: str) -> Any:
         backend.configure()
         import ours
 
-        return ours.Bench(network)
+        return ours.Bench(network, dtype=dtype)
     import theirs
     import torch
 
@@ -36,16 +36,16 @@ def bench_of(side: str, name: str) -> Any:
     else:
         model = theirs.unet2d(network)
     return theirs.Bench(
-        network, model, channels_last="channels_last" in how, compiled="compile" in how
+        network, model, dtype=dtype, channels_last="channels_last" in how, compiled="compile" in how
     )
 
 
 def main() -> None:
-    """worker.py SIDE NETWORK."""
-    side, name = sys.argv[1:]
+    """worker.py SIDE NETWORK DTYPE."""
+    side, name, dtype = sys.argv[1:]
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    bench = bench_of(side, name)
+    bench = bench_of(side, name, dtype)
     for line in sys.stdin:
         request = json.loads(line)
         print(json.dumps(answer(bench, request)), file=answer_to, flush=True)
