@@ -1,6 +1,9 @@
 """Bad input: one line that says what and where, exit code 2, nothing overwritten or lost."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -172,3 +175,28 @@ def test_compiled_programs_are_kept_and_told_of_once(tmp_path, monkeypatch):
     assert {p for p in contents(kept) if p.name.endswith("-cache")} == {
         p for p in before if p.name.endswith("-cache")
     }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, "glibc.malloc.hugetlb=1"), ("glibc.malloc.arena_max=1", "glibc.malloc.arena_max=1")],
+)
+def test_starts_in_large_pages_unless_told_otherwise(tmp_path, before, after):
+    (tmp_path / "config.py").write_text(
+        "import os, sys\n"
+        "def get_config():\n"
+        "    raise ValueError(f'{os.environ[\"GLIBC_TUNABLES\"]} {sys.flags.utf8_mode}')\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    if before:
+        environment["GLIBC_TUNABLES"] = before
+    program = [sys.executable, "-X", "utf8", str(runs.ROOT / "main.py")]  # options are kept
+    done = subprocess.run(
+        [*program, f"--config={tmp_path / 'config.py'}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(f"ValueError: {after} 1"), done.stderr
