@@ -1,0 +1,193 @@
+"""How near samples are to data, by features of both, [n, d]: in NumPy, float64.
+
+Fréchet distance, kernel distance, precision and recall, density and coverage; the Inception score
+by class probabilities.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Moments(NamedTuple):
+    """Of n feature vectors: their number, mean [d] and sum of squares about the mean [d, d]."""
+
+    size: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """[d, d], by n - 1."""
+        return self.scatter / (self.size - 1)
+
+
+class Estimate(NamedTuple):
+    """A value and its standard error."""
+
+    value: float
+    standard_error: float
+
+
+class Overlap(NamedTuple):
+    """Fractions of two sets that lie within one another."""
+
+    precision: float  # of samples within the data
+    recall: float  # of data within the samples
+    density: float  # precision that counts every ball: above 1 where data are dense
+    coverage: float  # of data that have a sample nearby
+
+
+def moments(batches: Iterable[np.ndarray]) -> Moments:
+    """Of features that come in batches [n, d], in one pass, whatever their mean.
+
+    By Chan, Golub & LeVeque's update. Raises ValueError for fewer than two vectors, or any that is
+    not finite.
+    """
+    total: Moments | None = None
+    for batch in batches:
+        x = _checked(batch)
+        if not len(x):
+            continue
+        mean = x.mean(axis=0)
+        centred = x - mean
+        part = Moments(len(x), mean, centred.T @ centred)
+        total = part if total is None else _merge(total, part)
+    if total is None or total.size < 2:
+        raise ValueError(f"moments of {total.size if total else 0} features: at least 2 needed")
+    return total
+
+
+def _merge(a: Moments, b: Moments) -> Moments:
+    size = a.size + b.size
+    delta = b.mean - a.mean
+    scatter = a.scatter + b.scatter + np.outer(delta, delta) * (a.size * b.size / size)
+    return Moments(size, a.mean + delta * (b.size / size), scatter)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2): squared, as FID is reported.
+
+    (Heusel et al. 2017.) By symmetric eigenvalues, which stay real where n < d leaves the
+    covariances singular.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions")
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    product = np.linalg.eigvalsh(root @ b.covariance @ root)
+    trace = np.trace(a.covariance) + np.trace(b.covariance)
+    distance = np.sum((a.mean - b.mean) ** 2) + trace - 2 * np.sqrt(product.clip(min=0)).sum()
+    return float(max(distance, 0.0))
+
+
+def kernel_distance(
+    a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> Estimate:
+    """KID (Bińkowski et al. 2018): the unbiased squared MMD under (x.y / d + 1)^3.
+
+    The mean over random subsets of both sets (of all there are, if fewer), and the standard
+    error of that mean as if subsets were independent. May be negative: it is unbiased.
+    """
+    a, b = _pair(a, b)
+    rng = np.random.default_rng(seed)
+    n = min(subset_size, len(a), len(b))
+    if n < 2:
+        raise ValueError("a kernel distance needs at least 2 features of each set")
+
+    def one() -> float:
+        x, y = (z[rng.choice(len(z), n, replace=False)] for z in (a, b))
+        k_xx, k_yy, k_xy = (_kernel(p, q) for p, q in ((x, x), (y, y), (x, y)))
+        within = (k_xx.sum() - np.trace(k_xx) + k_yy.sum() - np.trace(k_yy)) / (n * (n - 1))
+        return float(within - 2 * k_xy.mean())
+
+    values = np.array([one() for _ in range(subsets)])
+    error = values.std(ddof=1) / np.sqrt(subsets) if subsets > 1 else float("nan")
+    return Estimate(float(values.mean()), float(error))
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def overlap(data: np.ndarray, samples: np.ndarray, *, k: int = 3) -> Overlap:
+    """Precision, recall (Kynkäänniemi et al. 2019); density, coverage (Naeem et al. 2020).
+
+    A set is the union of balls around its members, each reaching its k-th nearest neighbour
+    in the set. (The papers take k = 3 for the first pair and 5 for the second.)
+    """
+    data, samples = _pair(data, samples)
+    if min(len(data), len(samples)) <= k:
+        raise ValueError(f"k = {k} neighbours: more than {k} features of each set needed")
+    data_radius, sample_radius = _radii(data, k), _radii(samples, k)
+    balls = np.zeros(len(samples))  # of data, that a sample lies in
+    recalled, covered = np.zeros(len(data), bool), np.zeros(len(data), bool)
+    for rows, distance in _distances(data, samples):
+        in_data = distance <= data_radius[rows, None]
+        balls += in_data.sum(axis=0)
+        covered[rows] = in_data.any(axis=1)
+        recalled[rows] = (distance <= sample_radius).any(axis=1)
+    return Overlap(
+        precision=float((balls > 0).mean()),
+        recall=float(recalled.mean()),
+        density=float(balls.mean() / k),
+        coverage=float(covered.mean()),
+    )
+
+
+def _radii(x: np.ndarray, k: int) -> np.ndarray:
+    """The distance of each to its k-th nearest neighbour, itself not counted."""
+    radii = np.empty(len(x))
+    for rows, distance in _distances(x, x):
+        distance[np.arange(len(distance)), np.arange(rows.start, rows.stop)] = np.inf
+        radii[rows] = np.partition(distance, k - 1, axis=1)[:, k - 1]
+    return radii
+
+
+def _distances(
+    x: np.ndarray, y: np.ndarray, rows: int = 1024
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Euclidean distances of all pairs, some rows at a time: (slice of x, [rows, len(y)])."""
+    centre = x.mean(axis=0)  # less is lost in the difference of squares
+    x, y = x - centre, y - centre
+    squares = (y**2).sum(axis=1)
+    for start in range(0, len(x), rows):
+        part = x[start : start + rows]
+        square = (part**2).sum(axis=1)[:, None] + squares - 2 * part @ y.T
+        yield slice(start, start + len(part)), np.sqrt(square.clip(min=0))
+
+
+def inception_score(probabilities: np.ndarray, *, splits: int = 10) -> Estimate:
+    """exp E KL(p(y|x) || p(y)) of class probabilities [n, classes] (Salimans et al. 2016).
+
+    The mean over equal parts of the samples in their order, and its standard error.
+    """
+    p = _checked(probabilities)
+    if len(p) < splits:
+        raise ValueError(f"{len(p)} samples in {splits} splits")
+    scores = []
+    for part in np.array_split(p, splits):
+        marginal = part.mean(axis=0)
+        log_ratio = np.log(np.where(part > 0, part, 1)) - np.log(
+            np.where(marginal > 0, marginal, 1)
+        )
+        scores.append(np.exp((part * log_ratio).sum(axis=1).mean()))
+    error = np.std(scores, ddof=1) / np.sqrt(splits) if splits > 1 else float("nan")
+    return Estimate(float(np.mean(scores)), float(error))
+
+
+def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _checked(a), _checked(b)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"features of {a.shape[1]} and of {b.shape[1]} dimensions")
+    return a, b
+
+
+def _checked(features: np.ndarray) -> np.ndarray:
+    x = np.asarray(features, np.float64)
+    if x.ndim != 2:
+        raise ValueError(f"expected features [n, d], got {x.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError("features that are not finite")
+    return x
