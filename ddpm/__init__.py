@@ -6,10 +6,11 @@ x_t = ddpm.q_sample(schedule, x_0, t, eps)
 
 from ddpm.diffusion import gaussian, likelihood, losses, predictions, schedules, timesteps
 from ddpm.diffusion.gaussian import Gaussian, fixed_large, fixed_small, q_posterior, q_sample
+from ddpm.diffusion.keys import sample_keys
 from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.models.unet import UNet
-from ddpm.sampling.sample import Chain, sample, sample_chain, sample_keys
+from ddpm.sampling.sample import Chain, sample, sample_chain
 from ddpm.sampling.samplers import Sampler, ancestral, ddim
 
 __all__ = [

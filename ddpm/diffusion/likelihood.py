@@ -4,7 +4,8 @@
     L_{t-1}  KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))        one per step t > 1
     L_0      -log p(x_0 | x_1), the discretised decoder of Eq. 13
 
-Each is a mean over dimensions, divided by ln 2.
+Each is a mean over dimensions, divided by ln 2. `bits_per_dim` computes every term,
+`sampled_bits_per_dim` an unbiased estimate from a few.
 """
 
 from typing import NamedTuple, Protocol
@@ -23,6 +24,7 @@ from ddpm.diffusion.gaussian import (
     q_sample,
     same_shape,
 )
+from ddpm.diffusion.keys import normal, one_each
 from ddpm.diffusion.losses import per_example_mean
 from ddpm.diffusion.predictions import Denoiser, Prediction, to_posterior_mean
 from ddpm.diffusion.schedules import NoiseSchedule
@@ -42,16 +44,38 @@ class Bound(NamedTuple):
     """The terms of the bound in bits/dim, each per example [B]; `steps` is [B, K - 1] for K times.
 
     steps[:, i] is the term of the (i + 2)-th time: L_1, L_2, .. in the paper's numbering.
+    squared_error, [B, K], is that of x_0 as predicted at each time, a mean over dimensions.
     """
 
     prior: jax.Array
     steps: jax.Array
     decoder: jax.Array
+    squared_error: jax.Array
 
     @property
     def total(self) -> jax.Array:
         """L, float32[B]."""
         return self.prior + self.steps.sum(axis=-1) + self.decoder
+
+
+class SampledBound(NamedTuple):
+    """The prior and decoder terms [B] in bits/dim, and K of the steps' terms, drawn: [B, K].
+
+    steps[b, k] is L_{t-1} at t[b, k], one of 2..T; the sum of weight * steps over k has the
+    expectation of the sum of all terms. squared_error, [B, K], is of x_0 as predicted at t.
+    """
+
+    prior: jax.Array
+    decoder: jax.Array
+    t: jax.Array
+    weight: jax.Array
+    steps: jax.Array
+    squared_error: jax.Array
+
+    @property
+    def total(self) -> jax.Array:
+        """An unbiased estimate of L, float32[B]."""
+        return self.prior + (self.weight * self.steps).sum(axis=-1) + self.decoder
 
 
 def bits_per_dim(
@@ -68,7 +92,8 @@ def bits_per_dim(
 
     Args:
       x_0: 8-bit data as k/127.5 - 1, [B, ...].
-      key: a typed key; the noise at t is drawn from fold_in(key, t).
+      key: a typed key, split into one per example by its number, or B keys (`sample_keys`); the
+        noise at t is drawn from fold_in(key of the example, t).
       variance: of the reverse steps, where the denoiser does not learn it.
       times: rising, 1..T if left out; a shorter list gives the bound of the chain over those.
       floor: the decoder's least probability (`decoder_log_likelihood`).
@@ -81,27 +106,84 @@ def bits_per_dim(
     whole = times.ndim == 1 and times.size and np.issubdtype(times.dtype, np.integer)
     if not whole or (np.diff([0, *times, last + 1]) < 1).any():
         raise ValueError(f"times {times.tolist()}: must be integers that rise within 1..T = {last}")
-    if not jnp.issubdtype(x_0.dtype, jnp.floating):
-        raise ValueError(f"x_0 is of {x_0.dtype}: must be scaled to [-1, 1], k/127.5 - 1")
-    x_0 = x_0.astype(jnp.float32)
+    x_0, keys = _scaled(x_0), one_each(key, len(x_0))
 
-    def noised(t: jax.Array) -> tuple[jax.Array, Prediction]:
-        eps = jax.random.normal(jax.random.fold_in(key, t), x_0.shape, x_0.dtype)
-        x_t = q_sample(schedule, x_0, t, eps)
-        return x_t, denoiser(x_t, jnp.broadcast_to(t, x_0.shape[:1]))
-
-    def step(t_and_s: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def step(t_and_s: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         t, s = t_and_s
-        _, prediction = noised(t)
-        return step_kl(schedule, x_0, t, prediction, s=s, variance=variance)
+        _, prediction = _noised(schedule, denoiser, x_0, keys, t)
+        kl = step_kl(schedule, x_0, t, prediction, s=s, variance=variance)
+        return kl, per_example_mean((x_0 - prediction.x_0) ** 2)
 
     first = jnp.asarray(times[0])
-    x_t, prediction = noised(first)
+    x_t, prediction = _noised(schedule, denoiser, x_0, keys, first)
+    steps, errors = jax.lax.map(step, (jnp.asarray(times[1:]), jnp.asarray(times[:-1])))
+    nearest = per_example_mean((x_0 - prediction.x_0) ** 2)
     return Bound(
         prior=prior_kl(schedule, x_0, t=times[-1]),
-        steps=jax.lax.map(step, (jnp.asarray(times[1:]), jnp.asarray(times[:-1]))).T,
+        steps=steps.T,
         decoder=decoder_nll(schedule, x_0, x_t, first, prediction, variance=variance, floor=floor),
+        squared_error=jnp.concatenate([nearest[:, None], errors.T], axis=1),
     )
+
+
+def sampled_bits_per_dim(
+    schedule: NoiseSchedule,
+    denoiser: Denoiser,
+    x_0: jax.Array,
+    key: jax.Array,
+    *,
+    num_times: int,
+    variance: ReverseVariance = fixed_large,
+    floor: float = 1e-12,
+) -> SampledBound:
+    """The bound over 1..T by `num_times` of its steps for each example, instead of T - 1.
+
+    The times are drawn with a probability that falls as 1/t, as most bits are at small t, and
+    evenly spread in it (one random offset for each example). The rest is as in `bits_per_dim`.
+    Raises ValueError for num_times < 1 too, or T < 2.
+    """
+    last = schedule.num_steps
+    if num_times < 1 or last < 2:
+        raise ValueError(f"{num_times} of T - 1 = {last - 1} terms: at least one needed")
+    x_0, keys = _scaled(x_0), one_each(key, len(x_0))
+    probability = 1 / np.arange(2, last + 1)
+    probability /= probability.sum()
+    offset = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(keys)
+    place = (offset[:, None] + jnp.arange(num_times)) / num_times
+    edges = jnp.asarray(probability.cumsum()[:-1], jnp.float32)
+    t = 2 + jnp.searchsorted(edges, place, side="right")
+    weight = 1 / (num_times * jnp.asarray(probability, jnp.float32)[t - 2])
+
+    def step(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        _, prediction = _noised(schedule, denoiser, x_0, keys, t)
+        kl = step_kl(schedule, x_0, t, prediction, variance=variance)
+        return kl, per_example_mean((x_0 - prediction.x_0) ** 2)
+
+    first = jnp.ones((), int)
+    x_1, prediction = _noised(schedule, denoiser, x_0, keys, first)
+    steps, errors = jax.lax.map(step, t.T)
+    return SampledBound(
+        prior=prior_kl(schedule, x_0),
+        decoder=decoder_nll(schedule, x_0, x_1, first, prediction, variance=variance, floor=floor),
+        t=t,
+        weight=weight,
+        steps=steps.T,
+        squared_error=errors.T,
+    )
+
+
+def _scaled(x_0: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(x_0.dtype, jnp.floating):
+        raise ValueError(f"x_0 is of {x_0.dtype}: must be scaled to [-1, 1], k/127.5 - 1")
+    return jnp.asarray(x_0, jnp.float32)
+
+
+def _noised(
+    schedule: NoiseSchedule, denoiser: Denoiser, x_0: jax.Array, keys: jax.Array, t: jax.Array
+) -> tuple[jax.Array, Prediction]:
+    """x_t ~ q(x_t | x_0) for t a scalar or [B], and what the denoiser makes of it."""
+    x_t = q_sample(schedule, x_0, t, normal(keys, t, x_0.shape[1:]))
+    return x_t, denoiser(x_t, jnp.broadcast_to(t, x_0.shape[:1]))
 
 
 def prior_kl(schedule: NoiseSchedule, x_0: jax.Array, *, t: int | None = None) -> jax.Array:

@@ -9,9 +9,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ddpm.data.pipeline import to_uint8
+from ddpm.diffusion.keys import sample_keys
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
-from ddpm.sampling.sample import sample, sample_chain, sample_keys
+from ddpm.sampling.sample import sample, sample_chain
 from ddpm.sampling.samplers import Sampler
 
 

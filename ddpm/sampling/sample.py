@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm.diffusion.keys import normal, one_each
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
-from ddpm.sampling.samplers import Sampler, ancestral, times
+from ddpm.sampling import samplers
+from ddpm.sampling.samplers import Sampler, ancestral
 
 
 class Chain(NamedTuple):
@@ -26,11 +28,6 @@ class Chain(NamedTuple):
     predicted_x_0: jax.Array
 
 
-def sample_keys(key: jax.Array, indices: jax.typing.ArrayLike) -> jax.Array:
-    """The key of each sample by its number: fold_in(key, index), [n]."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices))
-
-
 def sample(
     key: jax.Array,
     schedule: NoiseSchedule,
@@ -38,14 +35,22 @@ def sample(
     shape: Sequence[int],
     *,
     sampler: Sampler | None = None,
+    times: np.ndarray | None = None,
+    x_t: jax.Array | None = None,
 ) -> jax.Array:
     """Draws x_0 of `shape` [B, ...] by `sampler` (by default `ancestral()`, Algorithm 2).
 
     Args:
       key: one typed key, split into one per sample by its number, or B keys (`sample_keys`).
       denoiser: wrap it in `clipped` to keep x_0 in the data's range, as the paper does.
+      times: falling, in place of the sampler's own from T to 0; the last is where it ends.
+      x_t: where to begin, at the first of the times; standard normal if left out.
+
+    Raises ValueError for times that do not fall within 0..T, or x_t of another shape.
     """
-    return sample_chain(key, schedule, denoiser, shape, sampler=sampler, snapshots=0).x_0
+    return sample_chain(
+        key, schedule, denoiser, shape, sampler=sampler, times=times, x_t=x_t, snapshots=0
+    ).x_0
 
 
 def sample_chain(
@@ -55,19 +60,19 @@ def sample_chain(
     shape: Sequence[int],
     *,
     sampler: Sampler | None = None,
+    times: np.ndarray | None = None,
+    x_t: jax.Array | None = None,
     snapshots: int = 10,
 ) -> Chain:
-    """As `sample`, keeping `snapshots` evenly spread moments of the chain, x_T the first."""
+    """As `sample`, keeping `snapshots` evenly spread moments of the chain, the start first."""
     sampler = sampler or ancestral()
     shape = tuple(shape)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # one of jax.random.PRNGKey
-    keys = sample_keys(key, np.arange(shape[0])) if jnp.ndim(key) == 0 else key
-    if keys.shape != shape[:1]:
-        raise ValueError(
-            f"{keys.shape} keys for samples of shape {shape}: give one key, or one each"
-        )
-    t = times(schedule.num_steps, sampler.steps)
+    keys = one_each(key, shape[0])
+    t = samplers.times(schedule.num_steps, sampler.steps) if times is None else np.asarray(times)
+    if t.ndim != 1 or len(t) < 2 or (np.diff([schedule.num_steps + 1, *t, -1]) >= 0).any():
+        raise ValueError(f"times {t.tolist()}: must fall within T = {schedule.num_steps}..0")
+    if x_t is not None and x_t.shape != shape:
+        raise ValueError(f"x_t is of shape {x_t.shape}, the samples of {shape}")
     steps = len(t) - 1
     snapshots = min(snapshots, steps)
     moments = np.round(np.linspace(0, steps - 1, snapshots)).astype(int)
@@ -76,10 +81,7 @@ def sample_chain(
     slots[moments] = np.arange(snapshots)
 
     def noise(s: jax.Array) -> jax.Array:
-        def draw(key: jax.Array) -> jax.Array:
-            return jax.random.normal(jax.random.fold_in(key, s), shape[1:], jnp.float32)
-
-        return jax.vmap(draw)(keys)
+        return normal(keys, s, shape[1:])
 
     def step(carry, inputs):
         x_t, kept = carry
@@ -89,7 +91,8 @@ def sample_chain(
             kept = jax.tree.map(lambda k, x: k.at[slot].set(x), kept, (x_t, prediction.x_0))
         return (sampler.step(schedule, prediction, x_t, t, s, noise(s)), kept), None
 
+    start = noise(jnp.asarray(t[0])) if x_t is None else x_t
     empty = jnp.zeros((snapshots + 1 if snapshots else 0, *shape), jnp.float32)
     inputs = (jnp.asarray(t[:-1]), jnp.asarray(t[1:]), jnp.asarray(slots))
-    (x_0, kept), _ = jax.lax.scan(step, (noise(jnp.asarray(t[0])), (empty, empty)), inputs)
+    (x_0, kept), _ = jax.lax.scan(step, (start, (empty, empty)), inputs)
     return Chain(x_0, t[:-1][moments], kept[0][:snapshots], kept[1][:snapshots])

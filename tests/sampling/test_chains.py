@@ -296,3 +296,31 @@ def test_ddim_upwards_is_ddim_downwards_inverted():
         x = step(schedule, denoise(x, jnp.full(2, s)), x, s, s + 1, None)
     assert abs(there - start).max() > 0.3
     close(x, start, atol=0.01)
+
+
+@pytest.mark.parametrize("sampler", [ancestral(), ddim(0.5)])
+def test_a_chain_in_two_pieces_is_the_whole(sampler):
+    schedule, exact = pair("linear", 7)
+    denoise, key = gaussian_denoiser(exact, MEAN, VARIANCE), jax.random.key(4)
+    whole = sample(key, schedule, denoise, (3, 2), sampler=sampler)
+    x_3 = sample(key, schedule, denoise, (3, 2), sampler=sampler, times=[7, 6, 5, 4, 3])
+    found = sample(key, schedule, denoise, (3, 2), sampler=sampler, times=[3, 2, 1, 0], x_t=x_3)
+    close(found, whole, rtol=1e-6)
+    other = sample(
+        jax.random.key(5), schedule, denoise, (3, 2), sampler=sampler, times=[3, 2, 1, 0], x_t=x_3
+    )
+    assert np.abs(other - whole).max() > 1e-2
+
+
+@pytest.mark.parametrize("times", [[8, 0], [3, -1], [1, 2, 3], [3, 3, 0], [3], []])
+def test_times_that_do_not_fall_within_the_schedule_are_refused(times):
+    schedule, exact = pair("linear", 7)
+    denoise = gaussian_denoiser(exact)
+    with pytest.raises(ValueError, match="must fall within T = 7"):
+        sample(jax.random.key(0), schedule, denoise, (3, 2), times=times)
+
+
+def test_start_of_another_shape_is_refused():
+    schedule, exact = pair("linear", 7)
+    with pytest.raises(ValueError, match=r"x_t is of shape \(1, 2\), the samples of \(3, 2\)"):
+        sample(jax.random.key(0), schedule, gaussian_denoiser(exact), (3, 2), x_t=jnp.zeros((1, 2)))
