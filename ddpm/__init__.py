@@ -4,7 +4,7 @@ schedule = ddpm.schedules.linear(1000)
 x_t = ddpm.q_sample(schedule, x_0, t, eps)
 """
 
-from ddpm.diffusion import gaussian, likelihood, losses, predictions, schedules, timesteps
+from ddpm.diffusion import flow, gaussian, likelihood, losses, predictions, schedules, timesteps
 from ddpm.diffusion.gaussian import Gaussian, fixed_large, fixed_small, q_posterior, q_sample
 from ddpm.diffusion.keys import sample_keys
 from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser
@@ -27,6 +27,7 @@ __all__ = [
     "denoiser",
     "fixed_large",
     "fixed_small",
+    "flow",
     "gaussian",
     "likelihood",
     "losses",

@@ -143,7 +143,14 @@ def levels(process):
 
 
 def _levels(process, t, x):
-    return (per_example(table[t], x) for table in levels(process))
+    """alpha and sigma at t; between two times log(alpha / sigma) is linear."""
+    tables = levels(process)
+    if jnp.issubdtype(jnp.result_type(t), jnp.integer):
+        return (per_example(table[t], x) for table in tables)
+    ratio = jnp.log(tables.alpha[1:] / tables.sigma[1:])
+    ratio = jnp.exp(jnp.interp(t, jnp.arange(1.0, len(ratio) + 1), ratio))
+    size = jnp.hypot(ratio, 1.0)
+    return per_example(ratio / size, x), per_example(1 / size, x)
 
 
 def gaussian_denoiser(process, mean=0.0, variance=1.0):

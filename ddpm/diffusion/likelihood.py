@@ -62,7 +62,8 @@ class SampledBound(NamedTuple):
     """The prior and decoder terms [B] in bits/dim, and K of the steps' terms, drawn: [B, K].
 
     steps[b, k] is L_{t-1} at t[b, k], one of 2..T; the sum of weight * steps over k has the
-    expectation of the sum of all terms. squared_error, [B, K], is of x_0 as predicted at t.
+    expectation of the sum of all terms. squared_error, [B, 1 + K], is that of x_0 as predicted at
+    time 1 and at each t.
     """
 
     prior: jax.Array
@@ -162,13 +163,14 @@ def sampled_bits_per_dim(
     first = jnp.ones((), int)
     x_1, prediction = _noised(schedule, denoiser, x_0, keys, first)
     steps, errors = jax.lax.map(step, t.T)
+    nearest = per_example_mean((x_0 - prediction.x_0) ** 2)
     return SampledBound(
         prior=prior_kl(schedule, x_0),
         decoder=decoder_nll(schedule, x_0, x_1, first, prediction, variance=variance, floor=floor),
         t=t,
         weight=weight,
         steps=steps.T,
-        squared_error=errors.T,
+        squared_error=jnp.concatenate([nearest[:, None], errors.T], axis=1),
     )
 
 

@@ -80,13 +80,33 @@ class NoiseSchedule(NamedTuple):
         return bool(np.exp(np.float64(last) / 2) < np.finfo(np.float32).tiny)
 
     def at(self, t: jax.typing.ArrayLike) -> LogSNR:
-        """Log-SNR at integer times t in 0..T, in the shape of t; NaN outside 0..T."""
+        """Log-SNR at times t in 0..T, in the shape of t; NaN outside.
 
-        def look_up(table: jax.Array) -> jax.Array:
+        Integers are looked up. At floats, which an ODE's solver asks for, the log-SNR is linear
+        between two times; NaN between 0, where it is infinite, and 1.
+        """
+
+        def look_up(table: jax.Array, t: jax.Array) -> jax.Array:
             # JAX's defaults, to clamp and to wrap, would hide a time off by one.
             return table.at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
-        return LogSNR(look_up(self.log_snr), look_up(self.log_snr_low))
+        t = jnp.asarray(t)
+        if jnp.issubdtype(t.dtype, jnp.integer):
+            return LogSNR(look_up(self.log_snr, t), look_up(self.log_snr_low, t))
+        before = jnp.floor(t).astype(int)
+        part, after = t - before, jnp.ceil(t).astype(int)
+
+        def between(table: jax.Array) -> jax.Array:
+            low, high = look_up(table, before), look_up(table, after)
+            return jnp.where(part == 0, low, low + part * (high - low))
+
+        return LogSNR(between(self.log_snr), between(self.log_snr_low))
+
+    def time_of(self, log_snr: jax.typing.ArrayLike) -> jax.Array:
+        """The time in [1, T] of a log-SNR, fractional: `at` inverted. Beyond, the nearer end."""
+        return jnp.interp(
+            -jnp.asarray(log_snr), -self.log_snr[1:], jnp.arange(1.0, self.num_steps + 1)
+        )
 
     def between(self, s: jax.Array, t: jax.Array) -> "Transition":
         """The forward transition q(x_t | x_s) for times s < t."""

@@ -269,3 +269,17 @@ def test_oracle_agrees_with_itself():
     """The oracle's variance, by sums, is 1 - alpha_bar."""
     exact = Process(np.linspace(1e-4, 0.02, 1000))
     close(exact.variance, 1 - exact.alpha_bar, rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_log_snr_is_linear_between_times(name):
+    schedule, exact = pair(name, 50)
+    t = np.float32([1, 1.25, 7.5, 49.75, 50])
+    log_snr = np.log(exact.alpha_bar[1:] / exact.variance[1:])
+    expected = np.interp(t, np.arange(1, 51), log_snr)
+    close(schedule.at(t).high, expected, rtol=1e-5)
+    close(jax.jit(schedule.time_of)(expected), t, rtol=1e-5)
+    for whole in (0, 1, 13, 50):
+        assert schedule.at(np.float32(whole)) == schedule.at(whole)
+    assert np.isnan(schedule.at(np.float32([-0.5, 0.5, 50.5])).high).all()
+    close(schedule.time_of(np.float32([1e3, -1e3])), [1, 50])
