@@ -23,4 +23,5 @@ def get_config() -> ConfigDict:
         sample_every=100_000,
     )
     config.sampling.update(variance="fixed_small", num_samples=16, batch_size=16)
+    config.evaluation.split = ""  # tfds has the training split alone
     return config

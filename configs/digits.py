@@ -33,4 +33,5 @@ def get_config() -> ConfigDict:
         sample_every=0,
         checkpoint_every=500,
     )
+    config.evaluation.update(num_samples=1024)
     return config

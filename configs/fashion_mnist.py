@@ -31,4 +31,5 @@ def get_config() -> ConfigDict:
         sample_every=1250,
         checkpoint_every=250,
     )
+    config.evaluation.update(num_samples=2048, bound_times=4, flow_images=64)
     return config

@@ -16,4 +16,5 @@ def get_config() -> ConfigDict:
     config = default()
     config.data.update(name="folder", image_size=(64, 64))
     config.training.update(steps=200_000, batch_size=64, learning_rate=1e-4, sample_every=10_000)
+    config.evaluation.split = ""  # a folder has none; evaluation.path names another folder
     return config

@@ -24,4 +24,5 @@ def get_config() -> ConfigDict:
         sample_every=100_000,
     )
     config.sampling.update(variance="fixed_small", num_samples=16, batch_size=16)
+    config.evaluation.split = "validation"
     return config

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ddpm.errors import InputError
 
+PARTS = ("bound", "flow", "distances", "neighbours", "pictures")  # of an evaluation
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "diffusion.schedule": (
@@ -28,6 +29,7 @@ CHOICES = {
     "data.broken_images": ("error", "skip"),
     "sampling.sampler": ("ancestral", "ddim"),
     "sampling.variance": ("fixed_large", "fixed_small"),
+    "evaluation.features": ("", "digits", "fashion_mnist"),
 }
 
 
@@ -83,6 +85,21 @@ def default() -> ConfigDict:
     config.sampling.num_samples = 64
     config.sampling.batch_size = 64
     config.sampling.seed = 0
+
+    config.evaluation = ConfigDict()
+    config.evaluation.parts = PARTS
+    config.evaluation.split = "test"  # held out; '': none
+    config.evaluation.path = ""  # of the held-out folder or .npz, where it is another
+    config.evaluation.batch_size = 250
+    config.evaluation.bound_times = 20  # terms drawn for each image; 0: all T
+    config.evaluation.bound_images = 0  # the first of each split; 0: all
+    config.evaluation.flow_images = 256  # the first of the held-out split
+    config.evaluation.flow_tolerance = 1e-5
+    config.evaluation.flow_exact_trace = False
+    config.evaluation.num_samples = 50_000  # for each seed
+    config.evaluation.seeds = (0,)  # several: mean and spread
+    config.evaluation.samples = ""  # an .npz of samples to judge in place of the run's own
+    config.evaluation.features = ""  # a shipped classifier; '': that of the data
     return config
 
 
@@ -155,6 +172,11 @@ def _sizes(v: Any) -> bool:
     return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in v)
 
 
+def _seeds(v: Any) -> bool:
+    whole = all(isinstance(n, int) and 0 <= n < 2**32 for n in v)
+    return bool(v) and whole and len(set(v)) == len(v)
+
+
 _POSITIVE = (lambda v: 0 < v < float("inf"), "a number > 0")
 _FRACTION = (lambda v: 0 <= v < 1, "in [0, 1)")
 _RULES: dict[str, tuple[Any, str]] = {
@@ -188,4 +210,15 @@ _RULES: dict[str, tuple[Any, str]] = {
     "sampling.num_samples": _whole(1),
     "sampling.batch_size": _whole(1),
     "sampling.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
+    "evaluation.parts": (
+        lambda v: v and set(v) <= set(PARTS),
+        f"a tuple of some of {', '.join(PARTS)}",
+    ),
+    "evaluation.batch_size": _whole(1),
+    "evaluation.bound_times": _whole(0),
+    "evaluation.bound_images": _whole(0),
+    "evaluation.flow_images": _whole(1),
+    "evaluation.flow_tolerance": (lambda v: 1e-7 <= v < 1, "in [1e-7, 1)"),
+    "evaluation.num_samples": _whole(10),
+    "evaluation.seeds": (_seeds, "a tuple of different whole numbers in 0..2^32 - 1"),
 }

@@ -49,13 +49,17 @@ class Experiment(NamedTuple):
     sampler: Sampler
     image_shape: tuple[int, int, int]
 
-    def denoiser(self, params: Any) -> Denoiser:
-        """The network at these weights without dropout, clipped where the config says so."""
+    def unclipped_denoiser(self, params: Any) -> Denoiser:
+        """The network at these weights without dropout."""
 
         def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
             return jnp.asarray(self.model.apply({"params": params}, x_t, t))
 
-        denoise = denoiser(self.schedule, network)
+        return denoiser(self.schedule, network)
+
+    def denoiser(self, params: Any) -> Denoiser:
+        """The same, clipped where the config says so."""
+        denoise = self.unclipped_denoiser(params)
         return clipped(self.schedule, denoise) if self.config.sampling.clip else denoise
 
     def generator(self, mesh: Mesh, *, batch_size: int) -> Generator:
@@ -153,6 +157,23 @@ def source(config: ConfigDict) -> Source:
     return here
 
 
+def held_out(config: ConfigDict) -> Source | None:
+    """The data that were not trained on, by evaluation.split and .path; None for neither."""
+    split, path = config.evaluation.split, config.evaluation.path
+    if not split and not path:
+        return None
+    other = config.copy_and_resolve_references()
+    other.data.split = split
+    if path:
+        other.data.path = path
+    try:
+        return source(other)
+    except InputError as error:
+        raise InputError(
+            f"{error} (of the held-out data: config.evaluation.split = {split!r}, .path = {path!r})"
+        ) from error
+
+
 def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Any) -> list[str]:
     """InputError if a run folder's config differs in what a run cannot change on its way.
 
@@ -160,8 +181,8 @@ def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Any) -> l
     run by an older version, had its default.
     """
     now, before = flatten(to_json(config)), flatten(to_json(default())) | flatten(saved)
-    free = ("sampling.", "training.steps", "training.log_every", "training.sample_every",
-            "training.checkpoint")  # fmt: skip
+    free = ("sampling.", "evaluation.", "training.steps", "training.log_every",
+            "training.sample_every", "training.checkpoint")  # fmt: skip
     told = ("data.path", "data.broken_images", "model.dtype", "training.learning_rate",
             "training.warmup_steps", "training.grad_clip")  # fmt: skip
     changed = []

@@ -158,6 +158,42 @@ def _distances(
         yield slice(start, start + len(part)), np.sqrt(square.clip(min=0))
 
 
+def two_sample_accuracy(a: np.ndarray, b: np.ndarray) -> float:
+    """How often the nearest other feature, of both sets together, is of one's own set.
+
+    The 1-nearest-neighbour two-sample test, leave one out (Lopez-Paz & Oquab 2017): 0.5 for two
+    sets of one distribution, 1 for two that are apart, 0 for copies. Sets of one size: more of one
+    would be nearer by number alone. Raises ValueError for other sizes.
+    """
+    a, b = _pair(a, b)
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(f"{len(a)} and {len(b)} features: equally many needed, at least 2")
+    both, own = np.concatenate([a, b]), np.repeat([0, 1], len(a))
+    right = 0
+    for rows, distance in _distances(both, both):
+        distance[np.arange(len(distance)), np.arange(rows.start, rows.stop)] = np.inf
+        right += int((own[distance.argmin(axis=1)] == own[rows]).sum())
+    return right / len(both)
+
+
+def nearest(queries: np.ndarray, batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each query the nearest among all batches: (its place in their row, Euclidean distance).
+
+    queries [m, d] and batches [n, d], in one pass; the first of equals.
+    """
+    queries = _checked(queries)
+    place, best = np.zeros(len(queries), int), np.full(len(queries), np.inf)
+    start = 0
+    for batch in batches:
+        for rows, distance in _distances(np.asarray(batch, np.float64), queries):
+            least = distance.min(axis=0)
+            nearer = least < best
+            place[nearer] = (start + rows.start + distance.argmin(axis=0))[nearer]
+            best[nearer] = least[nearer]
+        start += len(batch)
+    return place, best
+
+
 def inception_score(probabilities: np.ndarray, *, splits: int = 10) -> Estimate:
     """exp E KL(p(y|x) || p(y)) of class probabilities [n, classes] (Salimans et al. 2016).
 

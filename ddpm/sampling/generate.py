@@ -9,11 +9,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ddpm.data.pipeline import to_uint8
-from ddpm.diffusion.keys import sample_keys
+from ddpm.diffusion.keys import normal, sample_keys
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.errors import InputError
 from ddpm.sampling.sample import sample, sample_chain
-from ddpm.sampling.samplers import Sampler
+from ddpm.sampling.samplers import Sampler, times
 
 
 class Generator:
@@ -36,13 +37,13 @@ class Generator:
         self.batch_size = batch_size
         shape = (batch_size, *image_shape)
 
-        def draw(params: Any, seed: jax.Array, start: jax.Array) -> jax.Array:
+        def draw(params: Any, seed: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
             indices = start + jnp.arange(batch_size)
             if sharding is not None:
                 indices = jax.lax.with_sharding_constraint(indices, sharding)
             keys = sample_keys(jax.random.key(seed), indices)
             x_0 = sample(keys, schedule, make_denoiser(params), shape, sampler=sampler)
-            return to_uint8(x_0)
+            return to_uint8(x_0), jnp.isfinite(x_0).all()
 
         def draw_chain(params: Any, keys: jax.Array, snapshots: int) -> jax.Array:
             few = (len(keys), *image_shape)
@@ -52,13 +53,46 @@ class Generator:
             )
             return to_uint8(jnp.concatenate([chain.x_t, chain.x_0[None]]))
 
+        def draw_predicted(params: Any, keys: jax.Array, snapshots: int) -> jax.Array:
+            few = (len(keys), *image_shape)
+            chain = sample_chain(
+                keys, schedule, make_denoiser(params), few, sampler=sampler, snapshots=snapshots
+            )
+            return to_uint8(chain.predicted_x_0)
+
+        def draw_sharing(params: Any, keys: jax.Array, above: Any, below: Any) -> jax.Array:
+            few, denoiser = (len(keys), *image_shape), make_denoiser(params)
+            # One chain down to t, and as many as there are keys from there.
+            first, one = keys[:1], (1, *image_shape)
+            if len(above) > 1:
+                x_t = sample(first, schedule, denoiser, one, sampler=sampler, times=np.array(above))
+            else:
+                x_t = normal(first, above[0], image_shape)
+            x_t = jnp.broadcast_to(x_t, few)
+            return to_uint8(
+                sample(
+                    keys, schedule, denoiser, few, sampler=sampler, times=np.array(below), x_t=x_t
+                )
+            )
+
+        self._times = tuple(times(schedule.num_steps, sampler.steps).tolist())
+        self._draw_predicted = jax.jit(draw_predicted, static_argnums=2)
+        self._draw_sharing = jax.jit(draw_sharing, static_argnums=(2, 3))
         self._draw = jax.jit(draw)
         self._draw_chain = jax.jit(draw_chain, static_argnums=2)
 
     def batches(self, params: Any, num_samples: int, *, seed: int) -> Iterator[np.ndarray]:
-        """uint8[n, H, W, C], n <= batch_size, until num_samples have come."""
+        """uint8[n, H, W, C], n <= batch_size, until num_samples have come.
+
+        Raises InputError for samples that are not finite, which uint8 would hide.
+        """
         for start in range(0, num_samples, self.batch_size):
-            images = self._draw(params, np.uint32(seed), np.int32(start))
+            images, finite = self._draw(params, np.uint32(seed), np.int32(start))
+            if not finite:
+                raise InputError(
+                    f"samples {start}..{start + self.batch_size - 1} are not finite: the model "
+                    "diverged; try config.sampling.clip = True, or an earlier checkpoint"
+                )
             yield _whole(images)[: num_samples - start]
 
     def samples(self, params: Any, num_samples: int, *, seed: int) -> np.ndarray:
@@ -69,6 +103,21 @@ class Generator:
         """x_t on the way to x_0, the last frame: uint8[frames, num_samples, H, W, C]."""
         keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
         return np.asarray(self._draw_chain(params, keys, snapshots))
+
+    def progressive(self, params: Any, num_samples: int, *, seed: int, snapshots: int) -> Any:
+        """x_0 as predicted along the chains (Figure 6): uint8[snapshots, num_samples, H, W, C]."""
+        keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
+        return np.asarray(self._draw_predicted(params, keys, snapshots))
+
+    def sharing(self, params: Any, num_samples: int, *, seed: int, t: int) -> np.ndarray:
+        """Samples whose chains are one until x_t (Figure 7): uint8[num_samples, H, W, C].
+
+        t must be a time of the sampler above 0.
+        """
+        place = self._times.index(t)
+        keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
+        above, below = self._times[: place + 1], self._times[place:]
+        return np.asarray(self._draw_sharing(params, keys, above, below))
 
 
 def _whole(x: jax.Array) -> np.ndarray:

@@ -5,7 +5,8 @@ import pytest
 import scipy.linalg
 import scipy.stats
 from sklearn.metrics.pairwise import polynomial_kernel
-from sklearn.neighbors import NearestNeighbors
+from sklearn.model_selection import LeaveOneOut, cross_val_score
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from ddpm.evaluation import distances
 
@@ -144,3 +145,25 @@ def test_what_is_wrong_is_said():
     ]:
         with pytest.raises(ValueError, match=words):
             wrong()
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 30.0])
+def test_two_sample_accuracy_is_scikit_learns(shift):
+    x, y = features(8, n=150), features(9, n=150, shift=shift)
+    both, own = np.concatenate([x, y]), np.repeat([0, 1], 150)
+    expected = cross_val_score(KNeighborsClassifier(1), both, own, cv=LeaveOneOut()).mean()
+    found = distances.two_sample_accuracy(x, y)
+    assert found == pytest.approx(expected)
+    assert (found > 0.99) if shift > 10 else (0.3 < found < 0.95)
+    assert distances.two_sample_accuracy(x, x) == 0.0
+    with pytest.raises(ValueError, match="equally many"):
+        distances.two_sample_accuracy(x, y[:-1])
+
+
+def test_nearest_is_scikit_learns_in_any_batches():
+    x, queries = features(10, n=2500), features(11, n=40)
+    distance, place = NearestNeighbors(n_neighbors=1).fit(x).kneighbors(queries)
+    found = distances.nearest(queries, batches(x, (700, 1, 1500)))
+    assert (found[0] == place[:, 0]).all()
+    np.testing.assert_allclose(found[1], distance[:, 0], rtol=1e-9)
+    assert (distances.nearest(x[:5], [x])[1] < 1e-5).all()

@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddpm import ancestral, ddim, sample
+from ddpm.errors import InputError
 from ddpm.sampling.generate import Generator
 from tests.exact import gaussian_denoiser, pair
 
@@ -94,3 +95,27 @@ def test_sampler_is_used():
 def test_values_beyond_the_range_do_not_wrap_round():
     for mean, level in ((5.0, 255), (-5.0, 0)):
         assert (generator(2).samples(mean, 2, seed=0) == level).all()
+
+
+def test_progressive_generation_ends_near_the_samples(of_seven):
+    """Seven steps, seven predictions: the first knows nothing, the last is the sample."""
+    found = generator(7).progressive(0.1, 7, seed=5, snapshots=7)
+    assert found.shape == (7, 7, *IMAGE)
+    error = [np.abs(x.astype(float) - of_seven).mean() for x in found]
+    assert error[-1] <= 0.5 < 5 < error[0]
+    assert np.diff(error).max() < 1
+
+
+@pytest.mark.parametrize("t", [7, 4, 1])
+def test_chains_share_what_is_above_t(t, of_seven):
+    """The first goes on as if alone; the others come the nearer to it the later they part."""
+    found = generator(7).sharing(0.1, 7, seed=5, t=t)
+    assert (found[0] == of_seven[0]).all()
+    spread = np.abs(found[1:].astype(float) - found[0]).mean()
+    assert {7: 10 < spread < 60, 4: 3 < spread < 40, 1: spread == 0}[t]
+    assert (found[1:] != of_seven[1:]).any()
+
+
+def test_nan_is_not_taken_for_black():
+    with pytest.raises(InputError, match="not finite"):
+        generator(3).samples(np.nan, 3, seed=0)

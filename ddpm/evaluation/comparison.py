@@ -1,0 +1,66 @@
+"""Samples beside data, by features of both: every distance, and its floor of data beside data."""
+
+from typing import Any
+
+import numpy as np
+
+from ddpm.evaluation import distances
+from ddpm.evaluation.features import Features
+
+MOST_PAIRED = 10_000  # of each set, for what compares all pairs
+BLOCK = 4096
+
+
+def compare(data: Features, samples: Features) -> dict[str, float]:
+    """Every distance between two sets of features. What compares pairs takes subsets, by one seed.
+
+    Raises ValueError for features that are not finite, or too few.
+    """
+    rng = np.random.default_rng(0)
+    a, b = _some(data.vectors, MOST_PAIRED, rng), _some(samples.vectors, MOST_PAIRED, rng)
+    n = min(len(a), len(b))
+    kid = distances.kernel_distance(a, b)
+    near, wide = distances.overlap(a, b, k=3), distances.overlap(a, b, k=5)
+    shares = [x.mean(axis=0) for x in (_classes(data), _classes(samples))]
+    return {
+        "frechet_distance": distances.frechet_distance(
+            distances.moments(_blocks(data.vectors)), distances.moments(_blocks(samples.vectors))
+        ),
+        "kernel_distance": kid.value,
+        "precision": near.precision,
+        "recall": near.recall,
+        "density": wide.density,
+        "coverage": wide.coverage,
+        "two_sample_accuracy": distances.two_sample_accuracy(a[:n], b[:n]),
+        "class_distance": float(0.5 * np.abs(shares[0] - shares[1]).sum()),
+    }
+
+
+def shares(features: Features) -> list[float]:
+    """The share of images that fall to each class."""
+    return _classes(features).mean(axis=0).tolist()
+
+
+def spread(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """Over several seeds: each figure's mean and, of two or more, its standard deviation."""
+    found: dict[str, Any] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        found[name] = {"mean": float(np.mean(values)), "std": std, "values": values}
+    return found
+
+
+def _classes(features: Features) -> np.ndarray:
+    p = np.asarray(features.probabilities)
+    return np.eye(p.shape[1])[p.argmax(axis=1)]
+
+
+def _some(x: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    if len(x) <= most:
+        return np.asarray(x)[rng.permutation(len(x))]
+    return np.asarray(x[np.sort(rng.choice(len(x), most, replace=False))])[rng.permutation(most)]
+
+
+def _blocks(x: np.ndarray):
+    return (x[start : start + BLOCK] for start in range(0, len(x), BLOCK))

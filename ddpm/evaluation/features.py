@@ -1,0 +1,101 @@
+"""Features and class probabilities of images, by a network, in batches split over the devices.
+
+Those of a data set are computed once and kept in the cache.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from ddpm.data import cache
+from ddpm.data.pipeline import evaluation_batches, to_float
+from ddpm.data.sources import Source
+from ddpm.errors import InputError
+from ddpm.evaluation.classifier import SHIPPED, load_classifier
+from ddpm.models.classifier import Classifier
+from ddpm.training import sharding
+
+
+class Features(NamedTuple):
+    """vectors float32[n, d]; probabilities of the classes, float32[n, classes]."""
+
+    vectors: np.ndarray
+    probabilities: np.ndarray
+
+
+class Extractor:
+    """A shipped classifier by its name, for images uint8[n, H, W, C].
+
+    `key` names the network and its weights for the cache. Raises InputError for images of another
+    shape than it was trained on.
+    """
+
+    def __init__(
+        self, name: str, image_shape: tuple[int, int, int], mesh: Mesh, *, batch_size: int
+    ) -> None:
+        shipped = SHIPPED[name]
+        if image_shape != shipped.image_shape:
+            raise InputError(
+                f"the classifier {name!r} is for images of {shipped.image_shape}, these are "
+                f"{image_shape} (height, width, channels); see config.evaluation.features"
+            )
+        devices = mesh.devices.size
+        self.name, self.classes = name, shipped.classes
+        self.key = {"network": f"classifier {name}", "sha256": shipped.sha256}
+        self.batch_size = -(-batch_size // devices) * devices
+        self._mesh = mesh
+        self._params = jax.device_put(load_classifier(name), sharding.replicated(mesh))
+        model = Classifier(len(shipped.classes))
+
+        def classify(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            found: Any = model.apply({"params": params}, to_float(images))
+            return found.features, jax.nn.softmax(found.logits)
+
+        self._classify = jax.jit(classify)
+
+    def __call__(self, images: np.ndarray) -> Features:
+        """Of any number of images."""
+        parts = []
+        for start in range(0, len(images), self.batch_size):
+            part = images[start : start + self.batch_size]
+            filled = np.resize(part, (self.batch_size, *part.shape[1:]))
+            found = self._classify(self._params, sharding.to_devices(self._mesh, filled))
+            parts.append([np.asarray(x)[: len(part)] for x in found])
+        return Features(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+
+
+def of_source(extractor: Extractor, source: Source, about: Mapping[str, Any]) -> Features:
+    """Of all images of a source in their order, memory-mapped from the cache where there is one.
+
+    `about` says which data they are (set, split, size); with the network, their number and a digest
+    of 64 of them it makes the cache's key.
+    """
+    places = np.linspace(0, len(source) - 1, min(64, len(source))).astype(int)
+    digest = hashlib.sha256(source.read(places).image.tobytes()).hexdigest()
+    key = {"data": dict(about), "images": len(source), "digest": digest, **extractor.key}
+
+    def blocks() -> Iterator[cache.Arrays]:
+        with tqdm(
+            total=len(source), desc="features", unit="image", leave=False, disable=None
+        ) as bar:
+            for batch in evaluation_batches(source, extractor.batch_size):
+                found = extractor(batch.examples.image[batch.mask])
+                yield {"vectors": found.vectors, "probabilities": found.probabilities}
+                bar.update(len(found.vectors))
+
+    arrays = cache.cached(f"features-{extractor.name}", key, blocks)
+    if arrays is None:
+        parts = list(blocks())
+        arrays = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    return Features(arrays["vectors"], arrays["probabilities"])
+
+
+def of_samples(extractor: Extractor, batches: Iterable[np.ndarray]) -> Features:
+    """Of samples that come in batches uint8[n, H, W, C]."""
+    parts = [extractor(images) for images in batches]
+    return Features(*(np.concatenate(x) for x in zip(*parts, strict=True)))

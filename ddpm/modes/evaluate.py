@@ -1,0 +1,91 @@
+"""Evaluation of a run: a table on the terminal, evaluation.json, and report.html to open."""
+
+import datetime
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ddpm import experiment
+from ddpm.config import PARTS, to_json
+from ddpm.errors import InputError
+from ddpm.evaluation import report
+from ddpm.files import write_whole
+from ddpm.modes import measures
+from ddpm.modes.loading import load_run
+from ddpm.training.logbook import say
+
+HEADER = ("figure", "of", "value", "how")
+_MEASURES = {
+    "bound": measures.bound,
+    "flow": measures.flow_likelihood,
+    "distances": measures.distances_to_data,
+    "neighbours": measures.neighbours,
+    "pictures": measures.pictures_of_chains,
+}
+
+
+def evaluate(config: ConfigDict, workdir: Path) -> None:
+    """Measures config.evaluation.parts on the latest good checkpoint in `workdir`.
+
+    Both files are written at the end, whole. Raises InputError for what the user can mend, most of
+    it before anything is computed.
+    """
+    run = load_run(config, workdir, "evaluate")
+    train, held_out = experiment.source(config), experiment.held_out(config)
+    for source in (train, held_out):
+        if source is not None and source.image_shape != run.built.image_shape:
+            raise InputError(
+                f"the run is on images of {run.built.image_shape}, these are {source.image_shape}"
+            )
+    wanted = [part for part in PARTS if part in config.evaluation.parts]
+    job = measures.prepare(run, workdir, train, held_out, wanted)
+    found: dict[str, Any] = {}
+    rows: list[tuple[str, ...]] = []
+    sections: list[tuple[str, list[str]]] = []
+    for part in wanted:
+        say(f"{part} ..")
+        try:
+            measured = _MEASURES[part](job)
+        except ValueError as error:
+            raise InputError(f"{part}: {error}") from error
+        found[part] = measured.figures
+        rows += measured.rows
+        if measured.rows:
+            measured.fragments.insert(0, report.table(HEADER, measured.rows))
+        sections.append((measured.title, measured.fragments))
+
+    weights = "averaged (EMA)" if config.sampling.ema else "not averaged"
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    about = f"step {run.step}, weights {weights}; {config.data.name}; {device}, {day}"
+    result = {
+        "step": run.step,
+        "weights": "ema" if config.sampling.ema else "raw",
+        "date": day,
+        "device": device,
+        "jax": jax.__version__,
+        "config": to_json(config),
+        **found,
+    }
+    text = json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n"
+    page = report.page(f"Evaluation of {workdir.resolve().name}", about, sections)
+    write_whole(workdir / "evaluation.json", lambda path: path.write_text(text))
+    write_whole(workdir / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    print(about)
+    if rows:
+        print(report.plain_table(HEADER, rows))
+    print(workdir / "evaluation.json")
+    print(workdir / "report.html")
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,76 @@
+"""A trained run from its folder, for the modes that use one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from ddpm import experiment
+from ddpm.errors import InputError
+from ddpm.experiment import Experiment
+from ddpm.sampling.generate import Generator
+from ddpm.training import sharding
+from ddpm.training.checkpoints import Checkpoints, saved_meta
+from ddpm.training.logbook import say
+
+
+class Run(NamedTuple):
+    """The experiment, the weights that config.sampling.ema chooses, and their step."""
+
+    built: Experiment
+    params: Any
+    step: int
+    mesh: Mesh
+
+    def generator(self, num_samples: int) -> Generator:
+        """Of samples by config.sampling, for that many or more."""
+        batch_size = min(self.built.config.sampling.batch_size, num_samples)
+        return self.built.generator(self.mesh, batch_size=batch_size)
+
+    def sample_name(self, seed: int, num_samples: int) -> str:
+        """Of the files of samples: all that they depend on."""
+        s = self.built.config.sampling
+        steps = s.steps or self.built.schedule.num_steps
+        how = (
+            f"ddim{steps}_eta{s.eta:g}" if s.sampler == "ddim" else f"ancestral{steps}_{s.variance}"
+        )
+        other = ("" if s.ema else "_raw") + ("" if s.clip else "_unclipped")
+        return f"step_{self.step:08}_{how}_seed{seed}_n{num_samples}{other}"
+
+
+def load_run(config: ConfigDict, workdir: Path, mode: str) -> Run:
+    """The latest good checkpoint in `workdir`; InputError without one, or of another experiment."""
+    if jax.process_count() > 1:
+        raise InputError(f"--mode={mode} runs in a single process: leave out --distributed")
+    folder = workdir / "checkpoints"
+    saved = saved_meta(folder)
+    if saved is None:
+        raise InputError(
+            f"no checkpoint in {workdir}: train first, with the same command without --mode={mode}"
+        )
+    experiment.check_same_run(config, saved["config"], workdir)
+    image_shape = tuple(saved["image_shape"])
+    built = experiment.build(config, image_shape)
+    mesh = sharding.data_mesh()
+    weights = "ema_params" if config.sampling.ema else "params"
+    shapes = experiment.check_model(built.model, image_shape)
+    abstract = {weights: sharding.abstract_like(shapes, sharding.replicated(mesh))}
+    checkpoints = Checkpoints(folder, read_only=True)
+    found = checkpoints.restore(abstract, say)
+    checkpoints.close()
+    if found is None:
+        raise InputError(f"no checkpoint in {workdir}")
+    return Run(built, found[0][weights], found[1]["step"], mesh)
+
+
+def draw(run: Run, generator: Generator, num_samples: int, seed: int) -> Iterator[np.ndarray]:
+    """Batches of samples, with a bar on a terminal."""
+    with tqdm(total=num_samples, desc="sampling", unit="image", disable=None) as bar:
+        for images in generator.batches(run.params, num_samples, seed=seed):
+            bar.update(len(images))
+            yield images

@@ -1,0 +1,79 @@
+"""Features of images: the same in any batches and on any devices, and kept in the cache."""
+
+import numpy as np
+import pytest
+
+from ddpm.data import ArraySource, digits
+from ddpm.errors import InputError
+from ddpm.evaluation import comparison, features
+from ddpm.evaluation.classifier import load_classifier
+from ddpm.models.classifier import Classifier
+from ddpm.training import sharding
+
+
+def extractor(batch_size=64):
+    return features.Extractor("digits", (8, 8, 1), sharding.data_mesh(), batch_size=batch_size)
+
+
+def test_features_are_the_networks_whatever_the_batches():
+    images = digits("test").image[:70]
+    found = extractor(64)(images)
+    model = Classifier(10)
+    expected = model.apply({"params": load_classifier("digits")}, np.float32(images) / 127.5 - 1)
+    np.testing.assert_allclose(found.vectors, expected.features, rtol=1e-3, atol=1e-5)
+    logits = np.float64(expected.logits)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found.probabilities, p, rtol=1e-3, atol=1e-6)
+    parts = features.of_samples(extractor(7), [images[:3], images[3:]])
+    np.testing.assert_allclose(parts.vectors, found.vectors, rtol=1e-3, atol=1e-5)
+
+
+def test_features_of_data_are_kept_under_what_they_depend_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source, calls = digits("test"), []
+    counted = extractor()
+    whole = counted._classify
+    counted._classify = lambda *x: calls.append(0) or whole(*x)
+    first = features.of_source(counted, source, {"name": "digits"})
+    made = len(calls)
+    assert made == 6
+    assert len(first.vectors) == len(source)
+    again = features.of_source(counted, source, {"name": "digits"})
+    assert len(calls) == made
+    assert (again.vectors == first.vectors).all()
+    # Another split by name, other images, or another network are others.
+    features.of_source(counted, source, {"name": "other"})
+    assert len(calls) == 2 * made
+    other = ArraySource(source.image[::-1], None, None)
+    found = features.of_source(counted, other, {"name": "digits"})
+    np.testing.assert_allclose(found.vectors[::-1], first.vectors, rtol=1e-3, atol=1e-5)
+    counted.key = counted.key | {"sha256": "of others"}
+    features.of_source(counted, source, {"name": "digits"})
+    assert len(calls) == 4 * made
+
+
+def test_images_of_another_shape_are_refused():
+    with pytest.raises(InputError, match=r"is for images of \(8, 8, 1\)"):
+        features.Extractor("digits", (8, 9, 1), sharding.data_mesh(), batch_size=4)
+
+
+def test_comparison_tells_halves_of_digits_from_noise():
+    net, image = extractor(), digits("train").image
+    data, same = net(image[::2]), net(image[1::2])
+    noise = net(np.random.default_rng(0).integers(0, 256, (700, 8, 8, 1)).astype(np.uint8))
+    floor, found = comparison.compare(data, same), comparison.compare(data, noise)
+    assert floor["frechet_distance"] < 0.2 * found["frechet_distance"]
+    assert floor["kernel_distance"] < 0.2 * found["kernel_distance"]
+    assert floor["two_sample_accuracy"] < 0.6 < 0.95 < found["two_sample_accuracy"]
+    assert floor["precision"] > 0.8 > 0.3 > found["precision"]
+    assert floor["class_distance"] < 0.1 < found["class_distance"]
+    labels = digits("train").label[::2]
+    true = np.bincount(labels, minlength=10) / len(labels)
+    np.testing.assert_allclose(comparison.shares(data), true, atol=0.01)
+
+
+def test_seeds_give_mean_and_spread():
+    found = comparison.spread([{"x": 1.0}, {"x": 2.0}, {"x": 6.0}])
+    assert found["x"]["mean"] == 3.0
+    assert found["x"]["std"] == pytest.approx(np.sqrt(7))
+    assert comparison.spread([{"x": 1.0}])["x"]["std"] is None

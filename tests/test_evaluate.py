@@ -1,0 +1,190 @@
+"""--mode=evaluate as a user runs it: what it writes, and what it refuses without writing."""
+
+import html.parser
+import json
+
+import numpy as np
+import pytest
+
+from ddpm.data import digits
+from tests.runs import command, run
+
+SMALL = {
+    "evaluation__bound_images": 40,
+    "evaluation__bound_times": 4,
+    "evaluation__batch_size": 16,
+    "evaluation__flow_images": 3,
+    "evaluation__flow_tolerance": 1e-2,
+    "evaluation__num_samples": 20,
+    "evaluation__seeds": "(0,1)",
+}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    done = run(command(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def evaluate(workdir, *extra, **overrides):
+    return run(command(workdir, "--mode=evaluate", *extra, **(SMALL | overrides)))
+
+
+class Page(html.parser.HTMLParser):
+    """What a page shows, and what it would fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.headings, self._tag = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self._tag = tag
+        self.sources += [v for k, v in attrs if k in ("src", "href")]
+
+    def handle_data(self, data):
+        if self._tag == "h2":
+            self.headings.append(data)
+        self._tag = ""
+
+
+def test_everything_is_measured_and_written(workdir):
+    done = evaluate(workdir)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((workdir / "evaluation.json").read_text())
+    assert found["step"] == 8
+    assert found["weights"] == "ema"
+    for split in ("held out", "train"):
+        bound = found["bound"][split]
+        assert bound["images"] == 40
+        parts = sum(bound[k]["bits_per_dim"] for k in ("prior", "steps", "decoder"))
+        assert bound["total"]["bits_per_dim"] == pytest.approx(parts)
+        assert bound["total"]["standard_error"] > 0
+        assert len(bound["L"]) == len(bound["rate"]) == len(bound["rmse"]) == 20
+        assert np.all(np.diff(bound["rate"]) <= 0)
+    flow = found["flow"]["uniform dequantisation"]
+    assert flow["images"] == 3
+    assert flow["evaluations"][0] > 10
+    d = found["distances"]
+    assert d["seeds"] == [0, 1]
+    assert len(d["samples"]["frechet_distance"]["values"]) == 2
+    assert d["samples"]["frechet_distance"]["std"] > 0
+    # An untrained network draws noise: all that is measured tells it from digits.
+    floor = d["floor"]["values"]
+    assert d["floor"]["images"] == 20
+    assert d["samples"]["frechet_distance"]["mean"] > 2 * floor["frechet_distance"]
+    assert d["samples"]["two_sample_accuracy"]["mean"] > 0.9
+    assert floor["two_sample_accuracy"] < 0.8
+    assert sum(d["class_shares"]["train"]) == pytest.approx(1)
+    train = digits("train").image
+    index = found["neighbours"]["pixels"]["index"]
+    distance = found["neighbours"]["pixels"]["distance"]
+    name = "step_00000008_ancestral20_fixed_large_seed0_n20.npz"
+    with np.load(workdir / "samples" / name) as file:
+        samples = file["images"].astype(float)
+    of_all = np.sqrt(((samples[:12, None] - train[None]) ** 2).sum(axis=(2, 3, 4)))
+    assert (of_all.argmin(axis=1) == index).all()
+    np.testing.assert_allclose(of_all.min(axis=1), distance)
+
+    page = Page((workdir / "report.html").read_text())
+    assert page.headings == [
+        "The variational bound",
+        "Likelihood by the probability-flow ODE",
+        "Distances of samples to data",
+        "Nearest training images",
+        "Chains",
+    ]
+    assert len(page.sources) >= 8
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert f"{found['bound']['train']['total']['bits_per_dim']:.4f}" in done.stdout
+    assert "floor" in done.stdout
+
+
+def test_all_terms_of_all_images(workdir):
+    """359 test images, in batches of 100: none is left out, none counted twice."""
+    done = evaluate(
+        workdir,
+        evaluation__parts="('bound',)",
+        evaluation__bound_images=0,
+        evaluation__bound_times=0,
+        evaluation__batch_size=100,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((workdir / "evaluation.json").read_text())
+    assert found["bound"]["held out"]["images"] == 359
+    assert found["bound"]["train"]["images"] == 1438
+    assert "all T terms" in found["bound"]["train"]["how"]
+    assert set(found) & {"flow", "distances"} == set()
+
+
+def save(path, images):
+    np.savez(path, images=images)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (np.zeros((30, 9, 8, 1), np.uint8), "images of (9, 8, 1), the data's are (8, 8, 1)"),
+        (np.zeros((19, 8, 8, 1), np.uint8), "19 images, config.evaluation.num_samples asks for 20"),
+        (np.full((30, 8, 8, 1), np.nan, np.float32), "must be uint8 (0..255)"),
+        (None, "there is no such file"),
+        ("torn", "cannot be read as an .npz"),
+    ],
+)
+def test_samples_that_cannot_be_judged_are_refused(workdir, tmp_path, images, said):
+    path, report = tmp_path / "samples.npz", workdir / "evaluation.json"
+    before = report.read_bytes() if report.exists() else None
+    if isinstance(images, np.ndarray):
+        save(path, images)
+    elif images:
+        save(path, np.zeros((30, 8, 8, 1), np.uint8))
+        path.write_bytes(path.read_bytes()[:700])
+    done = evaluate(workdir, evaluation__samples=path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+    assert (report.read_bytes() if report.exists() else None) == before
+
+
+def test_given_samples_are_judged(workdir, tmp_path):
+    """Real images in the place of samples come out at the floor, and as copies of themselves."""
+    path = save(tmp_path / "real.npz", digits("train").image[:40])
+    done = evaluate(
+        workdir,
+        evaluation__samples=path,
+        evaluation__num_samples=40,
+        evaluation__parts="('distances','neighbours')",
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((workdir / "evaluation.json").read_text())
+    assert found["distances"]["samples"]["precision"]["mean"] == 1.0
+    assert found["neighbours"]["pixels"]["index"] == list(range(12))
+    assert max(found["neighbours"]["features"]["distance"]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"evaluation__parts": "('bond',)"}, "must be a tuple of some of bound, flow"),
+        ({"evaluation__seeds": "()"}, "must be a tuple of different whole numbers"),
+        ({"evaluation__split": "validation"}, "digits has no split 'validation'"),
+        ({"evaluation__split": ""}, "set config.evaluation.split"),
+        ({"evaluation__features": "inception"}, "must be one of , digits"),
+        ({"evaluation__num_samples": 4}, "a whole number >= 10"),
+    ],
+)
+def test_wrong_settings_are_refused(workdir, overrides, said):
+    done = evaluate(workdir, **overrides)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
+def test_without_a_run(tmp_path):
+    done = evaluate(tmp_path / "none")
+    assert done.returncode == 2
+    assert "no checkpoint in" in done.stderr
+    assert "--mode=evaluate" in done.stderr
