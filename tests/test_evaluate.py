@@ -75,8 +75,9 @@ def test_everything_is_measured_and_written(workdir):
     floor = d["floor"]["values"]
     assert d["floor"]["images"] == 20
     assert d["samples"]["frechet_distance"]["mean"] > 2 * floor["frechet_distance"]
-    assert d["samples"]["two_sample_accuracy"]["mean"] > 0.9
-    assert floor["two_sample_accuracy"] < 0.8
+    # Of 20 images the accuracy is coarse (real against real: 0.5, give or take 0.1).
+    assert d["samples"]["two_sample_accuracy"]["mean"] > 0.7
+    assert floor["two_sample_accuracy"] < 0.7
     assert sum(d["class_shares"]["train"]) == pytest.approx(1)
     train = digits("train").image
     index = found["neighbours"]["pixels"]["index"]
