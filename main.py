@@ -1,7 +1,7 @@
 """Trains, samples and evaluates diffusion models: python main.py --config=configs/cifar10.py
 
 The same command goes on where it was stopped. Every key of the config can be overridden:
---config.training.batch_size=64. Modes: train, sample, evaluate.
+--config.training.batch_size=64. Modes: train, sample, evaluate, reference.
 """
 
 import logging
@@ -25,7 +25,7 @@ from ddpm import backend
 from ddpm.config import default, flatten, nearest, validate
 from ddpm.errors import InputError, first_line
 
-_MODES = ("train", "sample", "evaluate")
+_MODES = ("train", "sample", "evaluate", "reference")
 _DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment's config file; configs/digits.py if left out."
@@ -111,6 +111,7 @@ def main(argv: Sequence[str]) -> None:
     backend.configure()
     # Imported late: a wrong flag should not wait for Orbax and others.
     from ddpm.modes.evaluate import evaluate
+    from ddpm.modes.reference import reference
     from ddpm.modes.sample import sample
     from ddpm.modes.train import NotFinite, train
 
@@ -120,9 +121,8 @@ def main(argv: Sequence[str]) -> None:
     name = Path(config_flag.config_filename).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name)
     try:
-        {"train": train, "sample": sample, "evaluate": evaluate}[_MODE.value](
-            _CONFIG.value, workdir
-        )
+        modes = (train, sample, evaluate, reference)
+        dict(zip(_MODES, modes, strict=True))[_MODE.value](_CONFIG.value, workdir)
     except InputError as error:
         fail(str(error))
     except NotFinite as error:

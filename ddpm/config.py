@@ -29,7 +29,8 @@ CHOICES = {
     "data.broken_images": ("error", "skip"),
     "sampling.sampler": ("ancestral", "ddim"),
     "sampling.variance": ("fixed_large", "fixed_small"),
-    "evaluation.features": ("", "digits", "fashion_mnist"),
+    "evaluation.features": ("", "digits", "fashion_mnist", "inception"),
+    "evaluation.inception_resize": ("half_pixel", "tf1"),
 }
 
 
@@ -99,7 +100,9 @@ def default() -> ConfigDict:
     config.evaluation.num_samples = 50_000  # for each seed
     config.evaluation.seeds = (0,)  # several: mean and spread
     config.evaluation.samples = ""  # an .npz of samples to judge in place of the run's own
-    config.evaluation.features = ""  # a shipped classifier; '': that of the data
+    config.evaluation.features = ""  # a shipped classifier, or 'inception'; '': by the data
+    config.evaluation.inception_path = ""  # its weights: .pth, .safetensors or .npz
+    config.evaluation.inception_resize = "half_pixel"  # as pytorch-fid; "tf1": as the authors
     return config
 
 
@@ -115,8 +118,9 @@ def validate(config: Mapping[str, Any]) -> None:
         _check_type(key, given[key], example)
     for key, allowed in CHOICES.items():
         if given[key] not in allowed:
+            named = ", ".join(v or "''" for v in allowed)
             raise InputError(
-                f"config.{key} = {given[key]!r}: must be one of {', '.join(allowed)}"
+                f"config.{key} = {given[key]!r}: must be one of {named}"
                 f"{nearest(given[key], allowed)}"
             )
     for key, (holds, rule) in _RULES.items():

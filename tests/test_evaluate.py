@@ -173,7 +173,14 @@ def test_given_samples_are_judged(workdir, tmp_path):
         ({"evaluation__seeds": "()"}, "must be a tuple of different whole numbers"),
         ({"evaluation__split": "validation"}, "digits has no split 'validation'"),
         ({"evaluation__split": ""}, "set config.evaluation.split"),
-        ({"evaluation__features": "inception"}, "must be one of , digits"),
+        ({"evaluation__features": "fashion_mnist"}, "is for images of (28, 28, 1)"),
+        ({"evaluation__features": "lpips"}, "must be one of '', digits, fashion_mnist, inception"),
+        ({"evaluation__features": "inception"}, "pt_inception-2015-12-05-6726825d.pth"),
+        (
+            {"evaluation__features": "inception", "evaluation__inception_path": "/none.npz"},
+            "/none.npz: there is no such file",
+        ),
+        ({"evaluation__inception_resize": "bicubic"}, "must be one of half_pixel, tf1"),
         ({"evaluation__num_samples": 4}, "a whole number >= 10"),
     ],
 )
@@ -189,3 +196,18 @@ def test_without_a_run(tmp_path):
     assert done.returncode == 2
     assert "no checkpoint in" in done.stderr
     assert "--mode=evaluate" in done.stderr
+
+
+def test_reference_needs_no_run(tmp_path, monkeypatch):
+    """What it computes is what the cache then holds, and its floor is that of an evaluation."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):
+        done = run(command(tmp_path / "none", "--mode=reference"))
+        assert done.returncode == 0, done.stderr
+        assert "1,438 training images" in done.stdout
+        assert "two-sample test, 1-NN" in done.stdout
+    assert len(list((tmp_path / "cache" / "ddpm").glob("features-digits-*"))) == 2
+    assert not (tmp_path / "none").exists()
+    done = run(command(tmp_path / "none", "--mode=reference", evaluation__split="valid"))
+    assert done.returncode == 2
+    assert "digits has no split 'valid'" in done.stderr

@@ -12,7 +12,9 @@ BLOCK = 4096
 
 
 def compare(data: Features, samples: Features) -> dict[str, float]:
-    """Every distance between two sets of features. What compares pairs takes subsets, by one seed.
+    """Every distance between two sets of features; the Inception score is of the samples alone.
+
+    What compares pairs takes subsets, by one seed.
 
     Raises ValueError for features that are not finite, or too few.
     """
@@ -32,6 +34,7 @@ def compare(data: Features, samples: Features) -> dict[str, float]:
         "density": wide.density,
         "coverage": wide.coverage,
         "two_sample_accuracy": distances.two_sample_accuracy(a[:n], b[:n]),
+        "inception_score": distances.inception_score(samples.probabilities).value,
         "class_distance": float(0.5 * np.abs(shares[0] - shares[1]).sum()),
     }
 

@@ -4,7 +4,8 @@ Those of a data set are computed once and kept in the cache.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,9 @@ from ddpm.data.pipeline import evaluation_batches, to_float
 from ddpm.data.sources import Source
 from ddpm.errors import InputError
 from ddpm.evaluation.classifier import SHIPPED, load_classifier
+from ddpm.interop.inception import load_inception
 from ddpm.models.classifier import Classifier
+from ddpm.models.inception import Inception, preprocess
 from ddpm.training import sharding
 
 
@@ -28,43 +31,68 @@ class Features(NamedTuple):
     probabilities: np.ndarray
 
 
-class Extractor:
-    """A shipped classifier by its name, for images uint8[n, H, W, C].
+class Network(NamedTuple):
+    """What gives features: apply(params, images uint8[n, H, W, C]) -> (vectors, probabilities).
 
-    `key` names the network and its weights for the cache. Raises InputError for images of another
-    shape than it was trained on.
+    `key` names the network and its weights for the cache; `classes` are named where they are few.
     """
 
-    def __init__(
-        self, name: str, image_shape: tuple[int, int, int], mesh: Mesh, *, batch_size: int
-    ) -> None:
-        shipped = SHIPPED[name]
-        if image_shape != shipped.image_shape:
-            raise InputError(
-                f"the classifier {name!r} is for images of {shipped.image_shape}, these are "
-                f"{image_shape} (height, width, channels); see config.evaluation.features"
-            )
+    name: str
+    classes: tuple[str, ...]
+    key: dict[str, Any]
+    params: Any
+    apply: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def of_classifier(name: str, image_shape: tuple[int, int, int]) -> Network:
+    """A shipped classifier. InputError for images of another shape than it was trained on."""
+    params = load_classifier(name)
+    shipped = SHIPPED[name]
+    if image_shape != shipped.image_shape:
+        raise InputError(
+            f"the classifier {name!r} is for images of {shipped.image_shape}, these are "
+            f"{image_shape} (height, width, channels); see config.evaluation.features"
+        )
+    model = Classifier(len(shipped.classes))
+
+    def apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found: Any = model.apply({"params": params}, to_float(images))
+        return found.features, jax.nn.softmax(found.logits)
+
+    key = {"network": f"classifier {name}", "sha256": shipped.sha256}
+    return Network(name, shipped.classes, key, params, apply)
+
+
+def of_inception(path: str | Path, resize: str) -> Network:
+    """FID's Inception by a local file of its weights; InputError where that is not one."""
+    loaded = load_inception(path)
+
+    def apply(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found: Any = Inception().apply(variables, preprocess(images, resize))
+        return found.pool, jax.nn.softmax(found.logits)
+
+    key = {"network": "inception", "sha256": loaded.sha256, "resize": resize}
+    return Network("inception", (), key, loaded.variables, apply)
+
+
+class Extractor:
+    """A network over the devices, for any number of images."""
+
+    def __init__(self, network: Network, mesh: Mesh, *, batch_size: int) -> None:
         devices = mesh.devices.size
-        self.name, self.classes = name, shipped.classes
-        self.key = {"network": f"classifier {name}", "sha256": shipped.sha256}
+        self.network = network
         self.batch_size = -(-batch_size // devices) * devices
         self._mesh = mesh
-        self._params = jax.device_put(load_classifier(name), sharding.replicated(mesh))
-        model = Classifier(len(shipped.classes))
-
-        def classify(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-            found: Any = model.apply({"params": params}, to_float(images))
-            return found.features, jax.nn.softmax(found.logits)
-
-        self._classify = jax.jit(classify)
+        self._params = jax.device_put(network.params, sharding.replicated(mesh))
+        self._apply = jax.jit(network.apply)
 
     def __call__(self, images: np.ndarray) -> Features:
-        """Of any number of images."""
+        """Of images uint8[n, H, W, C]."""
         parts = []
         for start in range(0, len(images), self.batch_size):
             part = images[start : start + self.batch_size]
             filled = np.resize(part, (self.batch_size, *part.shape[1:]))
-            found = self._classify(self._params, sharding.to_devices(self._mesh, filled))
+            found = self._apply(self._params, sharding.to_devices(self._mesh, filled))
             parts.append([np.asarray(x)[: len(part)] for x in found])
         return Features(*(np.concatenate(x) for x in zip(*parts, strict=True)))
 
@@ -77,7 +105,7 @@ def of_source(extractor: Extractor, source: Source, about: Mapping[str, Any]) ->
     """
     places = np.linspace(0, len(source) - 1, min(64, len(source))).astype(int)
     digest = hashlib.sha256(source.read(places).image.tobytes()).hexdigest()
-    key = {"data": dict(about), "images": len(source), "digest": digest, **extractor.key}
+    key = {"data": dict(about), "images": len(source), "digest": digest, **extractor.network.key}
 
     def blocks() -> Iterator[cache.Arrays]:
         with tqdm(
@@ -88,7 +116,7 @@ def of_source(extractor: Extractor, source: Source, about: Mapping[str, Any]) ->
                 yield {"vectors": found.vectors, "probabilities": found.probabilities}
                 bar.update(len(found.vectors))
 
-    arrays = cache.cached(f"features-{extractor.name}", key, blocks)
+    arrays = cache.cached(f"features-{extractor.network.name}", key, blocks)
     if arrays is None:
         parts = list(blocks())
         arrays = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}

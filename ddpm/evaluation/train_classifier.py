@@ -99,13 +99,14 @@ def accuracy(params: Any, source: Source) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m ddpm.evaluation.train_classifier")
-    parser.add_argument("name", choices=sorted(RECIPES))
+    parser.add_argument("name", help=" or ".join(sorted(RECIPES)))
     parser.add_argument("--data_dir", default=None, help="of tensorflow-datasets")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the weights")
-    parser.add_argument("--steps", type=int, default=0, help="0: as the recipe says")
+    parser.add_argument("--steps", type=int, default=None, help="other than the recipe's")
     options = parser.parse_args(argv)
     backend.configure()
     try:
+        recipe = _recipe(options)
         splits = [
             digits(split)
             if options.name == "digits"
@@ -115,14 +116,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    recipe = RECIPES[options.name]
-    params = train(splits[0], recipe._replace(steps=options.steps or recipe.steps))
+    params = train(splits[0], recipe)
     data = save(flat(params))
     path = options.out / f"{options.name}.safetensors"
     write_whole(path, lambda p: p.write_bytes(data))
     print(f"test accuracy {accuracy(params, splits[1]):.4f}")
     print(f"{path}  {len(data):,} bytes  sha256 {hashlib.sha256(data).hexdigest()}")
     return 0
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """Of the options, InputError for those that cannot be, before hours are spent on them."""
+    if options.name not in RECIPES:
+        raise InputError(f"{options.name!r}: must be one of {', '.join(sorted(RECIPES))}")
+    recipe = RECIPES[options.name]
+    if options.steps is not None:
+        if options.steps < 1:
+            raise InputError(f"--steps={options.steps}: must be a whole number >= 1")
+        if options.out == FOLDER:
+            raise InputError("--steps: name another folder with --out, to keep what is shipped")
+        recipe = recipe._replace(steps=options.steps)
+    if options.out.exists() and not options.out.is_dir():
+        raise InputError(f"--out={options.out}: is a file, not a folder")
+    return recipe
 
 
 if __name__ == "__main__":

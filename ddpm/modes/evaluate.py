@@ -14,17 +14,18 @@ from ddpm.config import PARTS, to_json
 from ddpm.errors import InputError
 from ddpm.evaluation import report
 from ddpm.files import write_whole
-from ddpm.modes import measures
 from ddpm.modes.loading import load_run
+from ddpm.modes.measures import chains, fidelity, likelihoods
+from ddpm.modes.measures.job import prepare
 from ddpm.training.logbook import say
 
 HEADER = ("figure", "of", "value", "how")
 _MEASURES = {
-    "bound": measures.bound,
-    "flow": measures.flow_likelihood,
-    "distances": measures.distances_to_data,
-    "neighbours": measures.neighbours,
-    "pictures": measures.pictures_of_chains,
+    "bound": likelihoods.bound,
+    "flow": likelihoods.flow_likelihood,
+    "distances": fidelity.distances_to_data,
+    "neighbours": fidelity.neighbours,
+    "pictures": chains.pictures_of_chains,
 }
 
 
@@ -42,7 +43,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
                 f"the run is on images of {run.built.image_shape}, these are {source.image_shape}"
             )
     wanted = [part for part in PARTS if part in config.evaluation.parts]
-    job = measures.prepare(run, workdir, train, held_out, wanted)
+    job = prepare(run, workdir, train, held_out, wanted)
     found: dict[str, Any] = {}
     rows: list[tuple[str, ...]] = []
     sections: list[tuple[str, list[str]]] = []

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm.data import digits
+from ddpm.data import digits, tfds
 from ddpm.errors import InputError
 from ddpm.evaluation.classifier import FOLDER, SHIPPED, load_classifier
 from ddpm.evaluation.train_classifier import accuracy
@@ -20,6 +20,16 @@ def test_digits_are_recognised():
     found = accuracy(load_classifier("digits"), digits("test"))
     assert found >= 0.98
     assert found == pytest.approx(SHIPPED["digits"].accuracy, abs=1.5 / 359)
+
+
+@pytest.mark.skipif(
+    "DDPM_FASHION_MNIST" not in os.environ, reason="the data_dir of Fashion-MNIST is not given"
+)
+def test_fashion_mnist_is_recognised():
+    source = tfds("fashion_mnist", "test", data_dir=os.environ["DDPM_FASHION_MNIST"])
+    found = accuracy(load_classifier("fashion_mnist"), source)
+    assert found >= 0.92
+    assert found == pytest.approx(SHIPPED["fashion_mnist"].accuracy, abs=2e-4)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -61,10 +71,21 @@ def test_training_learns_and_repeats(tmp_path):
     assert first == again
 
 
-def test_another_name_is_refused():
-    done = train("mnist")
-    assert done.returncode == 2
-    assert "invalid choice: 'mnist'" in done.stderr
+def test_what_cannot_be_trained_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for arguments, said in (
+        (["mnist"], "'mnist': must be one of digits, fashion_mnist"),
+        (["digits", "--steps=0"], "--steps=0: must be a whole number >= 1"),
+        (["digits", "--steps=5"], "name another folder with --out"),
+        (["digits", f"--out={tmp_path / 'file'}"], "is a file, not a folder"),
+    ):
+        done = train(*arguments)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "kept"
+    with pytest.raises(InputError, match="no classifier 'mnist' is shipped"):
+        load_classifier("mnist")
 
 
 def test_shifts():

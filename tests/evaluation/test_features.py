@@ -12,7 +12,8 @@ from ddpm.training import sharding
 
 
 def extractor(batch_size=64):
-    return features.Extractor("digits", (8, 8, 1), sharding.data_mesh(), batch_size=batch_size)
+    network = features.of_classifier("digits", (8, 8, 1))
+    return features.Extractor(network, sharding.data_mesh(), batch_size=batch_size)
 
 
 def test_features_are_the_networks_whatever_the_batches():
@@ -32,8 +33,8 @@ def test_features_of_data_are_kept_under_what_they_depend_on(monkeypatch, tmp_pa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source, calls = digits("test"), []
     counted = extractor()
-    whole = counted._classify
-    counted._classify = lambda *x: calls.append(0) or whole(*x)
+    whole = counted._apply
+    counted._apply = lambda *x: calls.append(0) or whole(*x)
     first = features.of_source(counted, source, {"name": "digits"})
     made = len(calls)
     assert made == 6
@@ -47,14 +48,15 @@ def test_features_of_data_are_kept_under_what_they_depend_on(monkeypatch, tmp_pa
     other = ArraySource(source.image[::-1], None, None)
     found = features.of_source(counted, other, {"name": "digits"})
     np.testing.assert_allclose(found.vectors[::-1], first.vectors, rtol=1e-3, atol=1e-5)
-    counted.key = counted.key | {"sha256": "of others"}
+    key = counted.network.key | {"sha256": "of others"}
+    counted.network = counted.network._replace(key=key)
     features.of_source(counted, source, {"name": "digits"})
     assert len(calls) == 4 * made
 
 
 def test_images_of_another_shape_are_refused():
     with pytest.raises(InputError, match=r"is for images of \(8, 8, 1\)"):
-        features.Extractor("digits", (8, 9, 1), sharding.data_mesh(), batch_size=4)
+        features.of_classifier("digits", (8, 9, 1))
 
 
 def test_comparison_tells_halves_of_digits_from_noise():

@@ -1,0 +1,170 @@
+"""The published weights of FID's Inception from a local file, and converted to one without PyTorch:
+
+python -m ddpm.interop.inception pt_inception-2015-12-05-6726825d.pth inception.safetensors
+"""
+
+import functools
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ddpm.errors import InputError, first_line
+from ddpm.files import write_whole
+from ddpm.models.inception import SIDE, Inception
+
+WHERE = (
+    "the weights are pt_inception-2015-12-05-6726825d.pth, of the releases of "
+    "github.com/mseitzer/pytorch-fid"
+)
+_LEAVES = {
+    "conv.weight": ("params", "conv", "kernel"),
+    "bn.weight": ("params", "bn", "scale"),
+    "bn.bias": ("params", "bn", "bias"),
+    "bn.running_mean": ("batch_stats", "bn", "mean"),
+    "bn.running_var": ("batch_stats", "bn", "var"),
+}
+
+
+class Loaded(NamedTuple):
+    """variables of `Inception`; sha256 of the weights, the same whatever file they come in."""
+
+    variables: Any
+    sha256: str
+
+
+def load_inception(path: str | Path) -> Loaded:
+    """From a .pth (which needs PyTorch), .safetensors or .npz with the tensors of the .pth.
+
+    Raises InputError for a file that cannot be read or holds another network.
+    """
+    path = Path(path).expanduser()
+    tensors = _checked(path, _read(path))
+    digest = hashlib.sha256()
+    flat = {}
+    for name, place in _places().items():
+        digest.update(name.encode() + tensors[name].tobytes())
+        flat[place] = _turned(tensors[name])
+    return Loaded(unflatten_dict(flat), digest.hexdigest())
+
+
+def convert(source: str | Path, target: str | Path) -> None:
+    """Writes a file of weights as .safetensors, with the same names; InputError as above."""
+    from safetensors.numpy import save_file
+
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    if target.suffix != ".safetensors":
+        raise InputError(f"{target}: the name must end in .safetensors")
+    tensors = _checked(source, _read(source))
+    try:
+        write_whole(target, lambda p: save_file(tensors, p))
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
+
+
+@functools.cache
+def _places() -> dict[str, tuple[str, ...]]:
+    """Where each tensor of the .pth stands in the variables, by name and in one order."""
+    found = {}
+    for module in sorted({place[1:-2] for place in _shapes() if place[-1] != "fc"} - {()}):
+        for leaf, (collection, *rest) in _LEAVES.items():
+            found[".".join((*module, leaf))] = (collection, *module, *rest)
+    # Its bias is left out: the Inception score is defined without it.
+    return found | {"fc.weight": ("params", "fc", "kernel")}
+
+
+@functools.cache
+def _shapes() -> dict[tuple[str, ...], tuple[int, ...]]:
+    x = jnp.zeros((1, SIDE, SIDE, 3))
+    shapes = jax.eval_shape(Inception().init, jax.random.key(0), x)
+    return {k: v.shape for k, v in flatten_dict(shapes).items()}
+
+
+def _turned(x: np.ndarray) -> np.ndarray:
+    """From PyTorch's order of axes to ours."""
+    return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+
+
+def _checked(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of the network, as float32; InputError for whatever is missing or wrong."""
+    shapes = _shapes()
+    places = _places()
+    missing = [name for name in places if name not in tensors]
+    if missing:
+        raise InputError(
+            f"{path}: not FID's Inception: {len(missing)} tensors are missing, the first "
+            f"{missing[0]}; {WHERE}"
+        )
+    found = {}
+    for name, place in places.items():
+        x = tensors[name]
+        if x.dtype.kind != "f" or _turned(x).shape != shapes[place]:
+            raise InputError(
+                f"{path}: {name} is {x.dtype}{list(x.shape)}, not that of FID's Inception (that of "
+                f"torchvision is another); {WHERE}"
+            )
+        if not np.isfinite(x).all() or (name.endswith("running_var") and x.min() < 0):
+            raise InputError(f"{path}: {name} holds values that no trained network has; {WHERE}")
+        found[name] = np.ascontiguousarray(x, np.float32)
+    return found
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; {WHERE}")
+    readers = {".safetensors": _safetensors, ".npz": _npz, ".pth": _pth}
+    if path.suffix not in readers:
+        raise InputError(f"{path}: the name must end in one of {', '.join(readers)}; {WHERE}")
+    try:
+        return readers[path.suffix](path)
+    except ImportError as error:
+        raise InputError(
+            f"{path}: a .pth is read by PyTorch: pip install torch, or convert it where there is "
+            f"one: python -m ddpm.interop.inception {path.name} inception.safetensors"
+        ) from error
+    except Exception as error:  # cut short, mislabelled, pickled code: each reader has its own
+        raise InputError(
+            f"{path}: cannot be read as {path.suffix} ({first_line(error)}); {WHERE}"
+        ) from error
+
+
+def _safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def _npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def _pth(path: Path) -> dict[str, np.ndarray]:
+    import torch
+
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; its exit code."""
+    if len(argv) != 2:
+        print("usage: python -m ddpm.interop.inception IN OUT.safetensors", file=sys.stderr)
+        return 2
+    try:
+        convert(*argv)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{argv[1]}  weights sha256 {load_inception(argv[1]).sha256}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

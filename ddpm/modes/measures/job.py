@@ -1,0 +1,147 @@
+"""What an evaluation is of, checked before anything is computed."""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from ddpm.data import sources
+from ddpm.data.pipeline import evaluation_batches
+from ddpm.data.sources import Source
+from ddpm.errors import InputError
+from ddpm.evaluation import features
+from ddpm.evaluation.classifier import SHIPPED
+from ddpm.interop.inception import WHERE
+from ddpm.modes.loading import Run, draw
+from ddpm.sampling import pictures
+from ddpm.training import sharding
+
+
+class Measured(NamedTuple):
+    """What a part found: for evaluation.json, for the tables, for the page."""
+
+    title: str
+    figures: dict[str, Any]
+    rows: list[tuple[str, str, str, str]]
+    fragments: list[str]
+
+
+class Job(NamedTuple):
+    """What is evaluated: the run, its training data, and the data held out, if any."""
+
+    run: Run
+    workdir: Path
+    train: Source
+    held_out: Source | None
+    extractor: features.Extractor | None
+    samples: Callable[[int], np.ndarray]  # by seed
+
+    @property
+    def splits(self) -> dict[str, Source]:
+        """By name, the held-out one first."""
+        found = {} if self.held_out is None else {"held out": self.held_out}
+        return found | {"train": self.train}
+
+    def features(self, split: str) -> features.Features:
+        """Of all images of a split."""
+        assert self.extractor is not None
+        config, held_out = self.run.built.config, split == "held out"
+        return features_of_data(config, self.extractor, self.splits[split], held_out=held_out)
+
+
+def prepare(
+    run: Run, workdir: Path, train: Source, held_out: Source | None, parts: list[str]
+) -> Job:
+    """The job; whatever can be wrong with it is, before anything is computed."""
+    e = run.built.config.evaluation
+    extractor, given = None, None
+    if "distances" in parts or "neighbours" in parts:
+        extractor = make_extractor(run.built.config, run.built.image_shape, run.mesh)
+        if e.samples:
+            given = sources.npz(e.samples)
+            if given.image_shape != run.built.image_shape:
+                raise InputError(
+                    f"{e.samples}: images of {given.image_shape}, the data's are "
+                    f"{run.built.image_shape} (height, width, channels)"
+                )
+            if len(given) < e.num_samples:
+                raise InputError(
+                    f"{e.samples}: {len(given)} images, config.evaluation.num_samples asks for "
+                    f"{e.num_samples}"
+                )
+    if "flow" in parts and held_out is None:
+        raise InputError("the flow's likelihood is of held-out data: set config.evaluation.split")
+
+    @functools.cache
+    def samples(seed: int) -> np.ndarray:
+        if given is not None:
+            return given.image[: e.num_samples]
+        return _drawn(run, workdir / "samples", e.num_samples, seed)
+
+    return Job(run, workdir, train, held_out, extractor, samples)
+
+
+def make_extractor(
+    config: ConfigDict, image_shape: tuple[int, int, int], mesh: Mesh
+) -> features.Extractor:
+    """Of the features that the config asks for: by the data those of a classifier, or Inception."""
+    e, data = config.evaluation, config.data
+    name = e.features or (data.name if data.name in SHIPPED else "inception")
+    if name != "inception":
+        network = features.of_classifier(name, image_shape)
+    elif e.inception_path:
+        network = features.of_inception(e.inception_path, e.inception_resize)
+    else:
+        raise InputError(
+            f"the features of {data.name!r} are those of Inception: name the file of its weights "
+            f"in config.evaluation.inception_path ({WHERE}), or leave 'distances' and 'neighbours' "
+            "out of config.evaluation.parts"
+        )
+    return features.Extractor(network, mesh, batch_size=e.batch_size)
+
+
+def _drawn(run: Run, folder: Path, num_samples: int, seed: int) -> np.ndarray:
+    """The samples of a seed, from their file if that was written before."""
+    path = folder / f"{run.sample_name(seed, num_samples)}.npz"
+    shape = (num_samples, *run.built.image_shape)
+    if not path.exists():
+        generator = run.generator(num_samples)
+        pictures.save_npz(path, draw(run, generator, num_samples, seed), shape)
+    found = sources.npz(path).image
+    if found.shape != shape:
+        raise InputError(f"{path}: holds {found.shape}, not {shape}; remove it")
+    return found
+
+
+def batches(
+    job: Job, source: Source, most: int, name: str
+) -> Iterator[tuple[jax.Array, np.ndarray, np.ndarray]]:
+    """(images, their numbers, mask) over the devices, of the first `most` (0: all), with a bar."""
+    most = min(most, len(source)) if most else len(source)
+    devices, size = job.run.mesh.devices.size, job.run.built.config.evaluation.batch_size
+    size = -(-most // -(-most // size))  # equal batches: what fills up the last one is computed too
+    size = -(-size // devices) * devices
+    with tqdm(total=most, desc=name, unit="image", leave=False, disable=None) as bar:
+        for k, batch in enumerate(evaluation_batches(source, size)):
+            indices = np.arange(k * size, (k + 1) * size)
+            mask = batch.mask & (indices < most)
+            yield sharding.to_devices(job.run.mesh, batch.examples.image), indices, mask
+            bar.update(int(mask.sum()))
+            if indices[-1] + 1 >= most:
+                return
+
+
+def features_of_data(
+    config: ConfigDict, extractor: features.Extractor, source: Source, *, held_out: bool
+) -> features.Features:
+    """Of a whole split, from the cache where they were computed before."""
+    about = {k: str(config.data[k]) for k in ("name", "path", "split", "image_size", "channels")}
+    if held_out:
+        about |= {"held_out": config.evaluation.split, "held_out_path": config.evaluation.path}
+    return features.of_source(extractor, source, about)

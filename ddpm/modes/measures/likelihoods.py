@@ -1,0 +1,153 @@
+"""Bits/dim: the variational bound, and the likelihood by the probability-flow ODE."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddpm.data.pipeline import to_float
+from ddpm.diffusion import flow
+from ddpm.diffusion.keys import sample_keys
+from ddpm.diffusion.likelihood import bits_per_dim, sampled_bits_per_dim
+from ddpm.evaluation import bound as bounds
+from ddpm.evaluation import distances, report
+from ddpm.evaluation.report import number
+from ddpm.experiment import VARIANCES
+from ddpm.modes.measures.job import Job, Measured, batches
+
+LEAST_PROBABILITY = 1e-12
+
+
+def bound(job: Job) -> Measured:
+    """The variational bound on every split, its curve over t, and rate against distortion."""
+    config, schedule = job.run.built.config, job.run.built.schedule
+    e, last = config.evaluation, job.run.built.schedule.num_steps
+    every = e.bound_times == 0 or e.bound_times >= last - 1
+    options: dict[str, Any] = {
+        "variance": VARIANCES[config.sampling.variance],
+        "floor": LEAST_PROBABILITY,
+    }
+
+    @jax.jit
+    def terms(params: Any, images: jax.Array, indices: jax.Array) -> Any:
+        keys = sample_keys(jax.random.key(config.seed), indices)
+        denoiser = job.run.built.denoiser(params)
+        if every:
+            return bits_per_dim(schedule, denoiser, to_float(images), keys, **options)
+        return sampled_bits_per_dim(
+            schedule, denoiser, to_float(images), keys, num_times=e.bound_times, **options
+        )
+
+    figures, rows, fragments = {}, [], []
+    how = "all T terms" if every else f"{e.bound_times} of T terms for each image"
+    clip = "x_0 clipped" if config.sampling.clip else "not clipped"
+    about = f"{how}; {config.sampling.variance}, {clip}, decoder at least {LEAST_PROBABILITY:g}"
+    for name, source in job.splits.items():
+        parts = batches(job, source, e.bound_images, f"bound, {name}")
+        found = bounds.summarise(
+            ((terms(job.run.params, x, i), mask) for x, i, mask in parts), last
+        )
+        figures[name] = {
+            "images": found.images,
+            "how": about,
+            **{
+                part: {"bits_per_dim": value.value, "standard_error": value.standard_error}
+                for part, value in found._asdict().items()
+                if isinstance(value, distances.Estimate)
+            },
+            "t": list(range(1, last + 1)),
+            "L": found.step.tolist(),
+            "rate": found.rate.tolist(),
+            "rmse": found.rmse.tolist(),
+        }
+        of = f"{name}, {found.images:,} images"
+        rows.append(("L <=, bits/dim", of, _pm(found.total), about))
+        for label, value in (
+            ("   L_0, distortion", found.decoder),
+            ("   L_1 .. L_{T-1}, rate", found.steps),
+            ("   L_T", found.prior),
+        ):
+            shown = f"{value.value:.1e}" if label.endswith("L_T") else _pm(value)
+            rows.append((label, of, shown, ""))
+        fragments += _curves(name, found)
+    return Measured("The variational bound", figures, rows, fragments)
+
+
+def _curves(name: str, found: bounds.BoundSummary) -> list[str]:
+    t = np.arange(1, len(found.step) + 1)
+    figure, (left, right) = report.axes(10, 3.8, columns=2)
+    left.loglog(t, found.step, ".", ms=3)
+    left.set(xlabel="t", ylabel="L_{t-1}, bits/dim")
+    right.plot(found.rate, found.rmse, ".-", ms=3, lw=0.8)
+    right.set(xlabel="rate, bits/dim", ylabel="distortion, RMSE on [0, 255]")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    steps = len(t)
+    chosen = np.unique(np.round(np.linspace(steps, 1, 11)).astype(int))[::-1]
+    rows = [
+        (steps - k + 1, k, number(found.rate[k - 1], 5), number(found.rmse[k - 1], 3))
+        for k in chosen
+    ]
+    caption = (
+        f"{name}: the bound's terms over t, and progressive coding (the paper's Figure 5): the "
+        "distortion of x_0 as predicted from x_t, against what has been received by then."
+    )
+    header = ("reverse steps", "t", "rate, bits/dim", "RMSE on [0, 255]")
+    return [report.plot(figure, caption), report.table(header, rows)]
+
+
+def flow_likelihood(job: Job) -> Measured:
+    """Bits/dim by the probability-flow ODE, the network not clipped."""
+    assert job.held_out is not None
+    built = job.run.built
+    e = built.config.evaluation
+    options = {"exact_trace": e.flow_exact_trace, "tolerance": e.flow_tolerance}
+    trace = "exact trace" if e.flow_exact_trace else "Hutchinson's trace"
+    ways = {
+        "uniform dequantisation": flow.dequantised_bits_per_dim,
+        "from x_1, with decoder": functools.partial(
+            flow.decoded_bits_per_dim, variance=VARIANCES[built.config.sampling.variance]
+        ),
+    }
+    figures, rows = {}, []
+    for way, function in ways.items():
+
+        def bits(params: Any, x: Any, i: Any, function: Any = function) -> flow.FlowBits:
+            keys = sample_keys(jax.random.key(built.config.seed), i)
+            return function(
+                built.schedule, built.unclipped_denoiser(params), to_float(x), keys, **options
+            )
+
+        compiled, values, calls = jax.jit(bits), [], []
+        for x, i, mask in batches(job, job.held_out, e.flow_images, f"flow, {way}"):
+            found = compiled(job.run.params, x, i)
+            values.append(np.asarray(found.bits_per_dim, np.float64)[mask])
+            calls.append(int(found.evaluations))
+        of_images = np.concatenate(values)
+        if not np.isfinite(of_images).all():
+            raise ValueError(
+                f"the ODE was not solved within {flow.MAX_STEPS} steps at tolerance "
+                f"{e.flow_tolerance:g}: raise config.evaluation.flow_tolerance"
+            )
+        mean = bounds.mean(of_images)
+        figures[way] = {
+            "bits_per_dim": mean.value,
+            "standard_error": mean.standard_error,
+            "images": len(of_images),
+            "evaluations": calls,
+            "tolerance": e.flow_tolerance,
+            "trace": trace,
+        }
+        how = f"{trace}, tolerance {e.flow_tolerance:g}, {np.mean(calls):.0f} evaluations"
+        rows.append((f"flow, {way}", f"held out, {len(of_images):,} images", _pm(mean), how))
+    words = (
+        "Bits/dim by the probability-flow ODE between t = 1 and T. With uniform dequantisation the "
+        "density at t = 1 is taken for that of the data; with the decoder, the step from x_1 to "
+        "the 8-bit data is coded too. Neither is to be mixed with the bound above."
+    )
+    return Measured("Likelihood by the probability-flow ODE", figures, rows, [report.text(words)])
+
+
+def _pm(estimate: distances.Estimate) -> str:
+    return f"{number(estimate.value)} ± {number(estimate.standard_error)}"

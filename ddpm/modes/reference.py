@@ -1,0 +1,40 @@
+"""Features of the data, computed once and cached, and their floor, before there is a run."""
+
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from ddpm import experiment
+from ddpm.data.cache import cache_folder
+from ddpm.errors import InputError
+from ddpm.evaluation import comparison, report
+from ddpm.evaluation.features import Features
+from ddpm.modes.measures.fidelity import NAMES
+from ddpm.modes.measures.job import features_of_data, make_extractor
+from ddpm.training import sharding
+
+
+def reference(config: ConfigDict, workdir: Path) -> None:
+    """What --mode=evaluate will compare with; it needs no run, and writes to the cache alone."""
+    del workdir
+    if jax.process_count() > 1:
+        raise InputError("--mode=reference runs in a single process: leave out --distributed")
+    train, held_out = experiment.source(config), experiment.held_out(config)
+    extractor = make_extractor(config, train.image_shape, sharding.data_mesh())
+    if held_out is not None and held_out.image_shape != train.image_shape:
+        raise InputError(
+            f"the training images are {train.image_shape}, those held out {held_out.image_shape}"
+        )
+    data = features_of_data(config, extractor, train, held_out=False)
+    print(f"{len(data.vectors):,} training images, {data.vectors.shape[1]} features each")
+    print("  ".join(f"{name}: {value}" for name, value in extractor.network.key.items()))
+    if held_out is not None:
+        other = features_of_data(config, extractor, held_out, held_out=True)
+        n = min(len(other.vectors), config.evaluation.num_samples)
+        found = comparison.compare(data, Features(*(x[:n] for x in other)))
+        rows = [
+            (NAMES[name], f"{n:,} held-out images", report.number(v)) for name, v in found.items()
+        ]
+        print(report.plain_table(("floor", "of", "value"), rows))
+    print(f"kept in {cache_folder()}")
