@@ -23,7 +23,6 @@ def compare(data: Features, samples: Features) -> dict[str, float]:
     n = min(len(a), len(b))
     kid = distances.kernel_distance(a, b)
     near, wide = distances.overlap(a, b, k=3), distances.overlap(a, b, k=5)
-    shares = [x.mean(axis=0) for x in (_classes(data), _classes(samples))]
     return {
         "frechet_distance": distances.frechet_distance(
             distances.moments(_blocks(data.vectors)), distances.moments(_blocks(samples.vectors))
@@ -35,13 +34,15 @@ def compare(data: Features, samples: Features) -> dict[str, float]:
         "coverage": wide.coverage,
         "two_sample_accuracy": distances.two_sample_accuracy(a[:n], b[:n]),
         "inception_score": distances.inception_score(samples.probabilities).value,
-        "class_distance": float(0.5 * np.abs(shares[0] - shares[1]).sum()),
+        "class_distance": float(0.5 * np.abs(np.subtract(shares(data), shares(samples))).sum()),
     }
 
 
 def shares(features: Features) -> list[float]:
     """The share of images that fall to each class."""
-    return _classes(features).mean(axis=0).tolist()
+    classes = features.probabilities.argmax(axis=1)
+    counts = np.bincount(classes, minlength=features.probabilities.shape[1])
+    return (counts / len(classes)).tolist()
 
 
 def spread(rows: list[dict[str, float]]) -> dict[str, Any]:
@@ -52,11 +53,6 @@ def spread(rows: list[dict[str, float]]) -> dict[str, Any]:
         std = float(np.std(values, ddof=1)) if len(values) > 1 else None
         found[name] = {"mean": float(np.mean(values)), "std": std, "values": values}
     return found
-
-
-def _classes(features: Features) -> np.ndarray:
-    p = np.asarray(features.probabilities)
-    return np.eye(p.shape[1])[p.argmax(axis=1)]
 
 
 def _some(x: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:

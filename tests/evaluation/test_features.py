@@ -1,5 +1,9 @@
 """Features of images: the same in any batches and on any devices, and kept in the cache."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -79,3 +83,32 @@ def test_seeds_give_mean_and_spread():
     assert found["x"]["mean"] == 3.0
     assert found["x"]["std"] == pytest.approx(np.sqrt(7))
     assert comparison.spread([{"x": 1.0}])["x"]["std"] is None
+
+
+def test_features_are_the_same_over_three_devices(tmp_path):
+    """Of 7 images in batches of 4, rounded up to 6."""
+    images = digits("test").image[:7]
+    np.savez(tmp_path / "images.npz", images=images)
+    program = f"""
+import jax, numpy as np
+from ddpm.evaluation import features
+from ddpm.training import sharding
+network = features.of_classifier("digits", (8, 8, 1))
+extract = features.Extractor(network, sharding.data_mesh(), batch_size=4)
+assert (jax.device_count(), extract.batch_size) == (3, 6)
+found = extract(np.load({str(tmp_path / "images.npz")!r})["images"])
+np.savez({str(tmp_path / "found.npz")!r}, **found._asdict())
+"""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=3"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = extractor()(images)
+    with np.load(tmp_path / "found.npz") as found:
+        np.testing.assert_allclose(found["vectors"], expected.vectors, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found["probabilities"], expected.probabilities, atol=1e-5)

@@ -59,8 +59,9 @@ def distances_to_data(job: Job) -> Measured:
         "samples": spread,
         "floor": {"images": floor_n, "values": floor},
     }
+    about = ", ".join(f"{name} {value}" for name, value in network.key.items())
     words = (
-        f"Features of {network.key['network']}. The floor is what held-out images get in the place "
+        f"Features: {about}. The floor is what held-out images get in the place "
         "of samples, as many where there are as many. What compares all pairs takes at most "
         f"{comparison.MOST_PAIRED:,} of each set. The two-sample test is best at 0.5."
     )
