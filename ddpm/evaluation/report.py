@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top:
 p.about { color: #666; margin-top: .2rem; }
 table { border-collapse: collapse; margin: .8rem 0; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 th { font-weight: 600; } img { max-width: 100%; } img.pixels { image-rendering: pixelated; }
 figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; max-width: 46rem; }
 """
@@ -40,11 +41,11 @@ def text(words: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table; what looks like a number stands to the right."""
+    """A table; numbers stand to the right."""
 
     def cell(value: Any) -> str:
         words = str(value)
-        number = words[:1].isdigit() or words[:1] in "-.+" or words in ("nan", "inf")
+        number = re.fullmatch(r"[-+]?[\d.,]+(e[-+]?\d+)?( ± [\d.,]+)?|n/a", words)
         return f"<td{' class=n' if number else ''}>{html.escape(words)}</td>"
 
     head = "".join(f"<th>{html.escape(h)}</th>" for h in header)

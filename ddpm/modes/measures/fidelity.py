@@ -79,7 +79,7 @@ def _histogram(classes: tuple[str, ...], shares: dict[str, list[float]]) -> str:
         axes.bar(place + 0.4 * i - 0.2, share, 0.4, label=name)
     axes.set_xticks(place, classes)
     axes.set(ylabel="share of images")
-    axes.legend()
+    figure.legend(loc="outside upper right", ncols=2)
     return report.plot(figure, "Classes, by the same classifier.")
 
 

@@ -84,7 +84,9 @@ def _curves(name: str, found: bounds.BoundSummary) -> list[str]:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     steps = len(t)
-    chosen = np.unique(np.round(np.linspace(steps, 1, 11)).astype(int))[::-1]
+    known = t[np.isfinite(found.rmse)]  # a time may have been drawn for no image
+    wanted = np.linspace(steps, 1, 11)
+    chosen = np.unique(known[np.abs(known[:, None] - wanted).argmin(axis=0)])[::-1]
     rows = [
         (steps - k + 1, k, number(found.rate[k - 1], 5), number(found.rmse[k - 1], 3))
         for k in chosen
