@@ -18,6 +18,12 @@ def pictures_of_chains(job: Job) -> Measured:
     fragments = [
         report.images(rows, "x_0 as predicted along the chain, from t = T to 1.", columns=columns)
     ]
+    sampling = run.built.config.sampling
+    if sampling.sampler == "ddim" and sampling.eta == 0:
+        fragments.append(
+            report.text("Samples that share an x_t are one: DDIM's steps draw nothing.")
+        )
+        return Measured("Chains", {"shared_at": []}, [], fragments)
     chain = times(run.built.schedule.num_steps, run.built.config.sampling.steps or None)
     shared = [int(chain[len(chain) * k // 4]) for k in range(3, -1, -1)]
     for t in shared:
