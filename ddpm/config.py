@@ -56,6 +56,11 @@ def default() -> ConfigDict:
     config.model.dropout = 0.1
     config.model.num_groups = 32
     config.model.dtype = "float32"  # of the computation; "bfloat16": faster on GPUs and TPUs
+    config.model.norm_epsilon = 1e-6
+    config.model.head_channels = 0  # of each head of attention; 0: one head
+    config.model.symmetric_downsampling = False
+    config.model.cosines_first = False  # in the time embedding
+    config.model.frequency_shift = 1  # of its frequencies
 
     config.diffusion = ConfigDict()
     config.diffusion.schedule = "linear"
@@ -196,6 +201,9 @@ _RULES: dict[str, tuple[Any, str]] = {
     "model.attention_resolutions": (_sizes, "a tuple of whole numbers > 0"),
     "model.dropout": _FRACTION,
     "model.num_groups": _whole(1),
+    "model.norm_epsilon": _POSITIVE,
+    "model.head_channels": _whole(0),
+    "model.frequency_shift": (lambda v: v in (0, 1), "0 or 1"),
     "diffusion.num_steps": _whole(1),
     "diffusion.beta_start": (lambda v: 0 < v < 1, "in (0, 1)"),
     "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),

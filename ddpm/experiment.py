@@ -87,6 +87,11 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
         dropout=m.dropout,
         num_groups=m.num_groups,
         dtype=jnp.dtype(m.dtype),
+        norm_epsilon=m.norm_epsilon,
+        head_channels=m.head_channels,
+        symmetric_downsampling=m.symmetric_downsampling,
+        cosines_first=m.cosines_first,
+        frequency_shift=m.frequency_shift,
     )
     check_model(model, image_shape)
     optimizer = adam(t.learning_rate, warmup_steps=t.warmup_steps, grad_clip=t.grad_clip)

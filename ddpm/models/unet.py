@@ -1,6 +1,7 @@
 """The paper's UNet (Appendix B): (x [B, H, W, C], t int[B]) -> array in the shape of x.
 
 With the settings of the paper it has 35,746,307 parameters for CIFAR-10 and 113,673,219 at 256x256.
+Its last five settings are those in which networks trained by others differ (`ddpm.interop`).
 """
 
 import functools
@@ -24,14 +25,20 @@ def initializer(scale: float = 1.0) -> nn.initializers.Initializer:
 
 
 def conv3x3(
-    channels: int, name: str, *, dtype: DTypeLike, stride: int = 1, scale: float = 1.0
+    channels: int,
+    name: str,
+    *,
+    dtype: DTypeLike,
+    stride: int = 1,
+    scale: float = 1.0,
+    padding: str | int = "SAME",
 ) -> nn.Conv:
     """A 3x3 convolution. With stride 2, 'SAME' pads an even size at the bottom and right only."""
     return nn.Conv(
         channels,
         (3, 3),
         (stride, stride),
-        "SAME",
+        padding,
         kernel_init=initializer(scale),
         conv_general_dilated=convolution,
         dtype=dtype,
@@ -83,15 +90,19 @@ class GroupNorm(nn.Module):
         return (x_32 * scale[:, None, None, :] + shift[:, None, None, :]).astype(x.dtype)
 
 
-def time_embedding(t: jax.Array, dimension: int) -> jax.Array:
+def time_embedding(
+    t: jax.Array, dimension: int, *, cosines_first: bool = False, frequency_shift: int = 1
+) -> jax.Array:
     """Sinusoids of the authors' index t - 1 = 0..T-1: [B] -> [B, dimension], sines first.
 
-    An odd dimension ends in a zero.
+    Frequencies fall from 1 to 1e-4, or with a shift of 0 to just above. An odd dimension ends in a
+    zero.
     """
     half = dimension // 2
-    frequencies = jnp.exp(-jnp.log(1e4) / (half - 1) * jnp.arange(half))
+    frequencies = jnp.exp(-jnp.log(1e4) / (half - frequency_shift) * jnp.arange(half))
     angles = (t - 1)[:, None] * frequencies
-    sinusoids = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    parts = [jnp.sin(angles), jnp.cos(angles)]
+    sinusoids = jnp.concatenate(parts[::-1] if cosines_first else parts, axis=-1)
     return jnp.pad(sinusoids, ((0, 0), (0, dimension % 2)))
 
 
@@ -102,14 +113,15 @@ class ResBlock(nn.Module):
     dropout: float
     num_groups: int
     dtype: DTypeLike = jnp.float32
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
-        h = nn.swish(GroupNorm(self.num_groups, name="norm_1")(x))
+        h = nn.swish(GroupNorm(self.num_groups, self.epsilon, name="norm_1")(x))
         h = conv3x3(self.channels, "conv_1", dtype=self.dtype)(h)
         time = dense(self.channels, "time", dtype=self.dtype)(nn.swish(embedding))
         h += time[:, None, None, :]
-        h = nn.swish(GroupNorm(self.num_groups, name="norm_2")(h))
+        h = nn.swish(GroupNorm(self.num_groups, self.epsilon, name="norm_2")(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv3x3(self.channels, "conv_2", dtype=self.dtype, scale=ZERO_SCALE)(h)
         if x.shape[-1] != self.channels:
@@ -117,31 +129,39 @@ class ResBlock(nn.Module):
         return x + h
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(C)) v, one head: [B, N, C] each -> [B, N, C]; the softmax in float32."""
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, num_heads: int = 1) -> jax.Array:
+    """softmax(q k^T / sqrt(C)) v in each head of C channels, the softmax in float32.
+
+    [B, N, heads * C] each -> the same.
+    """
+    shape = q.shape
+    q, k, v = (x.reshape(*shape[:2], num_heads, -1) for x in (q, k, v))
     if jax.default_backend() != "cpu":
-        q, k, v = (x[:, :, None] for x in (q, k, v))
-        return jax.nn.dot_product_attention(q, k, v)[:, :, 0]
+        return jax.nn.dot_product_attention(q, k, v).reshape(shape)
     # The same in less time on a CPU: plain products, and the division left to the few outputs.
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits = einsum("bqc,bkc->bqk", q * q.shape[-1] ** -0.5, k)
+    logits = einsum("bqhc,bkhc->bhqk", q * q.shape[-1] ** -0.5, k)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    out = einsum("bqk,bkc->bqc", weights.astype(v.dtype), v)
-    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+    out = einsum("bhqk,bkhc->bhqc", weights.astype(v.dtype), v)
+    out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+    return out.transpose(0, 2, 1, 3).reshape(shape)
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all positions with one head, and the residual."""
+    """Self-attention over all positions, and the residual; one head, or of `head_channels` each."""
 
     num_groups: int
     dtype: DTypeLike = jnp.float32
+    epsilon: float = 1e-6
+    head_channels: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
-        h = GroupNorm(self.num_groups, name="norm")(x).reshape(batch, height * width, channels)
+        h = GroupNorm(self.num_groups, self.epsilon, name="norm")(x)
+        h = h.reshape(batch, height * width, channels)
         q, k, v = (dense(channels, n, dtype=self.dtype)(h) for n in ("query", "key", "value"))
-        h = attention(q, k, v).reshape(x.shape)
+        h = attention(q, k, v, channels // (self.head_channels or channels)).reshape(x.shape)
         return x + dense(channels, "out", dtype=self.dtype, scale=ZERO_SCALE)(h)
 
 
@@ -159,6 +179,11 @@ class UNet(nn.Module):
       out_channels: those of the input, if None.
       dtype: of the computation, float32 or bfloat16. Parameters, the statistics of norms, the
         softmax and the output are float32 either way.
+      norm_epsilon: of every GroupNorm.
+      head_channels: of each head of attention; 0: one head of all channels.
+      symmetric_downsampling: whether halving pads one pixel on all sides, not at the bottom and
+        right only.
+      cosines_first, frequency_shift: of the time embedding.
     """
 
     channels: int = 128
@@ -169,14 +194,19 @@ class UNet(nn.Module):
     num_groups: int = 32
     out_channels: int | None = None
     dtype: DTypeLike = jnp.float32
+    norm_epsilon: float = 1e-6
+    head_channels: int = 0
+    symmetric_downsampling: bool = False
+    cosines_first: bool = False
+    frequency_shift: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, *, train: bool = False) -> jax.Array:
         """x [B, H, W, C], t [B] (the paper's 1..T; or one for all) -> [B, H, W, out_channels].
 
         Raises ValueError for x that is not [B, H, W, C], a size that cannot be halved, an attention
-        resolution never reached, or channels that do not divide into groups. train=True needs
-        rngs={"dropout": key}.
+        resolution never reached, or channels that do not divide into groups or heads. train=True
+        needs rngs={"dropout": key}.
         """
         if x.ndim != 4:
             raise ValueError(f"expected images [B, H, W, C], got {x.shape}")
@@ -184,16 +214,18 @@ class UNet(nn.Module):
         levels = range(len(self.channel_multipliers))
         resolutions = self._resolutions(*x.shape[1:3])
 
-        embedding = time_embedding(t, self.channels)
+        order = {"cosines_first": self.cosines_first, "frequency_shift": self.frequency_shift}
+        embedding = time_embedding(t, self.channels, **order)
         embedding = dense(4 * self.channels, "time_1", dtype=self.dtype)(embedding)
         embedding = dense(4 * self.channels, "time_2", dtype=self.dtype)(nn.swish(embedding))
 
         def res_block(h: jax.Array, channels: int, name: str) -> jax.Array:
-            layer = ResBlock(channels, self.dropout, self.num_groups, self.dtype, name=name)
-            return layer(h, embedding, train)
+            options = (self.dropout, self.num_groups, self.dtype, self.norm_epsilon)
+            return ResBlock(channels, *options, name=name)(h, embedding, train)
 
         def attention_block(h: jax.Array, name: str) -> jax.Array:
-            return AttentionBlock(self.num_groups, self.dtype, name=name)(h)
+            options = (self.num_groups, self.dtype, self.norm_epsilon, self.head_channels)
+            return AttentionBlock(*options, name=name)(h)
 
         def block(h: jax.Array, level: int, name: str) -> jax.Array:
             h = res_block(h, self.channels * self.channel_multipliers[level], name)
@@ -208,7 +240,8 @@ class UNet(nn.Module):
                 h = block(h, level, f"down_{level}_{i}")
                 skips.append(h)
             if level != levels[-1]:
-                h = conv3x3(h.shape[-1], f"downsample_{level}", dtype=self.dtype, stride=2)(h)
+                name, padding = f"downsample_{level}", 1 if self.symmetric_downsampling else "SAME"
+                h = conv3x3(h.shape[-1], name, dtype=self.dtype, stride=2, padding=padding)(h)
                 skips.append(h)
 
         middle = h.shape[-1]
@@ -223,7 +256,7 @@ class UNet(nn.Module):
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
                 h = conv3x3(h.shape[-1], f"upsample_{level}", dtype=self.dtype)(h)
 
-        h = nn.swish(GroupNorm(self.num_groups, name="norm_out")(h))
+        h = nn.swish(GroupNorm(self.num_groups, self.norm_epsilon, name="norm_out")(h))
         channels = self.out_channels or x.shape[-1]
         h = conv3x3(channels, "conv_out", dtype=self.dtype, scale=ZERO_SCALE)(h)
         return h.astype(jnp.float32)
@@ -250,5 +283,13 @@ class UNet(nn.Module):
             if channels % self.num_groups:
                 raise ValueError(
                     f"{channels} channels do not divide into num_groups = {self.num_groups}"
+                )
+        attending = [m for m, r in zip(self.channel_multipliers, resolutions, strict=True)
+                     if r in self.attention_resolutions]  # fmt: skip
+        for multiplier in {self.channel_multipliers[-1], *attending}:
+            if self.head_channels and self.channels * multiplier % self.head_channels:
+                raise ValueError(
+                    f"{self.channels * multiplier} channels do not divide into heads of "
+                    f"head_channels = {self.head_channels}"
                 )
         return resolutions
