@@ -1,7 +1,7 @@
 """Trains, samples and evaluates diffusion models: python main.py --config=configs/cifar10.py
 
 The same command goes on where it was stopped. Every key of the config can be overridden:
---config.training.batch_size=64. Modes: train, sample, evaluate, reference.
+--config.training.batch_size=64. Modes: train, sample, evaluate, reference, export.
 """
 
 import logging
@@ -25,13 +25,22 @@ from ddpm import backend
 from ddpm.config import default, flatten, nearest, validate
 from ddpm.errors import InputError, first_line
 
-_MODES = ("train", "sample", "evaluate", "reference")
+_MODES = ("train", "sample", "evaluate", "reference", "export")
 _DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment's config file; configs/digits.py if left out."
 )
 _WORKDIR = flags.DEFINE_string("workdir", "", "The run folder; runs/<name of the config> if empty.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of: {', '.join(_MODES)}.")
+_INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    "",
+    "Weights of others to begin from, for every mode but reference: a folder of diffusers, a file, "
+    "or the name of a repository on the hub.",
+)
+_OUT = flags.DEFINE_string(
+    "out", "", "Of --mode=export: a new folder for diffusers, or a file .safetensors."
+)
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed",
     "",
@@ -54,6 +63,10 @@ def parse(argv: Sequence[str]) -> list[str]:
             raise InputError(
                 f"--mode={_MODE.value}: must be one of {allowed}{nearest(_MODE.value, _MODES)}"
             )
+        if _OUT.value and _MODE.value != "export":
+            raise InputError(f"--out={_OUT.value} goes with --mode=export alone")
+        if _INIT_FROM.value and _MODE.value == "reference":
+            raise InputError("--init_from: --mode=reference uses no weights; leave it out")
         validate(_CONFIG.value)
         return rest
     except InputError as error:
@@ -111,6 +124,7 @@ def main(argv: Sequence[str]) -> None:
     backend.configure()
     # Imported late: a wrong flag should not wait for Orbax and others.
     from ddpm.modes.evaluate import evaluate
+    from ddpm.modes.export import export
     from ddpm.modes.reference import reference
     from ddpm.modes.sample import sample
     from ddpm.modes.train import NotFinite, train
@@ -121,8 +135,18 @@ def main(argv: Sequence[str]) -> None:
     name = Path(config_flag.config_filename).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name)
     try:
-        modes = (train, sample, evaluate, reference)
-        dict(zip(_MODES, modes, strict=True))[_MODE.value](_CONFIG.value, workdir)
+        config, given = _CONFIG.value, _INIT_FROM.value
+        match _MODE.value:
+            case "train":
+                train(config, workdir, given)
+            case "sample":
+                sample(config, workdir, given)
+            case "evaluate":
+                evaluate(config, workdir, given)
+            case "reference":
+                reference(config, workdir)
+            case "export":
+                export(config, workdir, _OUT.value, given)
     except InputError as error:
         fail(str(error))
     except NotFinite as error:

@@ -100,6 +100,22 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
     )
 
 
+def with_settings(config: ConfigDict, **sections: dict[str, Any]) -> tuple[ConfigDict, list[str]]:
+    """A copy with keys set, by section; and what differs from before, a phrase each."""
+    new, changed = config.copy_and_resolve_references(), []
+    for section, settings in sections.items():
+        for key, value in settings.items():
+            before = new[section][key]
+            if isinstance(before, tuple | list):
+                before = tuple(before)
+            if before != value:
+                said = f"{len(value)} values" if len(str(value)) > 60 else f"{value!r}"
+                changed.append(f"config.{section}.{key} = {said}")
+            with new.ignore_type():
+                new[section][key] = value
+    return new, changed
+
+
 def noise_schedule(config: ConfigDict) -> NoiseSchedule:
     """The schedule by its name, refused where eps cannot be predicted."""
     try:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ddpm.errors import InputError, first_line
+from ddpm.errors import InputError
 from ddpm.files import write_whole
+from ddpm.interop.tensors import Tensors, read_tensors
 from ddpm.models.inception import SIDE, Inception
 
 WHERE = (
@@ -91,7 +92,7 @@ def _turned(x: np.ndarray) -> np.ndarray:
     return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
 
 
-def _checked(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _checked(path: Path, tensors: Tensors) -> Tensors:
     """Those of the network, as float32; InputError for whatever is missing or wrong."""
     shapes = _shapes()
     places = _places()
@@ -115,41 +116,12 @@ def _checked(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray
     return found
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file; {WHERE}")
-    readers = {".safetensors": _safetensors, ".npz": _npz, ".pth": _pth}
-    if path.suffix not in readers:
-        raise InputError(f"{path}: the name must end in one of {', '.join(readers)}; {WHERE}")
-    try:
-        return readers[path.suffix](path)
-    except ImportError as error:
-        raise InputError(
-            f"{path}: a .pth is read by PyTorch: pip install torch, or convert it where there is "
-            f"one: python -m ddpm.interop.inception {path.name} inception.safetensors"
-        ) from error
-    except Exception as error:  # cut short, mislabelled, pickled code: each reader has its own
-        raise InputError(
-            f"{path}: cannot be read as {path.suffix} ({first_line(error)}); {WHERE}"
-        ) from error
-
-
-def _safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    return load_file(path)
-
-
-def _npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
-
-
-def _pth(path: Path) -> dict[str, np.ndarray]:
-    import torch
-
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    return {name: tensor.numpy() for name, tensor in found.items()}
+def _read(path: Path) -> Tensors:
+    convert = (
+        "pip install torch, or convert it where there is one: python -m ddpm.interop.inception "
+        f"{path.name} inception.safetensors"
+    )
+    return read_tensors(path, hint=WHERE, without_torch=convert)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -214,8 +214,12 @@ class UNet(nn.Module):
         levels = range(len(self.channel_multipliers))
         resolutions = self._resolutions(*x.shape[1:3])
 
-        order = {"cosines_first": self.cosines_first, "frequency_shift": self.frequency_shift}
-        embedding = time_embedding(t, self.channels, **order)
+        embedding = time_embedding(
+            t,
+            self.channels,
+            cosines_first=self.cosines_first,
+            frequency_shift=self.frequency_shift,
+        )
         embedding = dense(4 * self.channels, "time_1", dtype=self.dtype)(embedding)
         embedding = dense(4 * self.channels, "time_2", dtype=self.dtype)(nn.swish(embedding))
 

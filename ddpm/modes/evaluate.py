@@ -29,13 +29,15 @@ _MEASURES = {
 }
 
 
-def evaluate(config: ConfigDict, workdir: Path) -> None:
-    """Measures config.evaluation.parts on the latest good checkpoint in `workdir`.
+def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
+    """Measures config.evaluation.parts on the latest good checkpoint in `workdir`, or on the
+    weights of others that `init_from` names.
 
     Both files are written at the end, whole. Raises InputError for what the user can mend, most of
     it before anything is computed.
     """
-    run = load_run(config, workdir, "evaluate")
+    run = load_run(config, workdir, "evaluate", init_from)
+    config = run.built.config
     train, held_out = experiment.source(config), experiment.held_out(config)
     for source in (train, held_out):
         if source is not None and source.image_shape != run.built.image_shape:
@@ -59,13 +61,12 @@ def evaluate(config: ConfigDict, workdir: Path) -> None:
             measured.fragments.insert(0, report.table(HEADER, measured.rows))
         sections.append((measured.title, measured.fragments))
 
-    weights = "averaged (EMA)" if config.sampling.ema else "not averaged"
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
-    about = f"step {run.step}, weights {weights}; {config.data.name}; {device}, {day}"
+    about = f"{run.origin}; {config.data.name}; {device}, {day}"
     result = {
         "step": run.step,
-        "weights": "ema" if config.sampling.ema else "raw",
+        "weights": run.origin if run.step is None else "ema" if config.sampling.ema else "raw",
         "date": day,
         "device": device,
         "jax": jax.__version__,

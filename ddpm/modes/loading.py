@@ -1,4 +1,4 @@
-"""A trained run from its folder, for the modes that use one."""
+"""A trained run from its folder, or weights of others, for the modes that use one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ddpm import experiment
 from ddpm.errors import InputError
 from ddpm.experiment import Experiment
+from ddpm.interop import weights
 from ddpm.sampling.generate import Generator
 from ddpm.training import sharding
 from ddpm.training.checkpoints import Checkpoints, saved_meta
@@ -20,12 +21,17 @@ from ddpm.training.logbook import say
 
 
 class Run(NamedTuple):
-    """The experiment, the weights that config.sampling.ema chooses, and their step."""
+    """The experiment, the weights that config.sampling.ema chooses, and where they are from.
+
+    `step` is None for weights of others; `origin` is told, `tag` begins the names of files.
+    """
 
     built: Experiment
     params: Any
-    step: int
     mesh: Mesh
+    step: int | None
+    origin: str
+    tag: str
 
     def generator(self, num_samples: int) -> Generator:
         """Of samples by config.sampling, for that many or more."""
@@ -39,33 +45,45 @@ class Run(NamedTuple):
         how = (
             f"ddim{steps}_eta{s.eta:g}" if s.sampler == "ddim" else f"ancestral{steps}_{s.variance}"
         )
-        other = ("" if s.ema else "_raw") + ("" if s.clip else "_unclipped")
-        return f"step_{self.step:08}_{how}_seed{seed}_n{num_samples}{other}"
+        raw = self.step is not None and not s.ema
+        other = ("_raw" if raw else "") + ("" if s.clip else "_unclipped")
+        return f"{self.tag}_{how}_seed{seed}_n{num_samples}{other}"
 
 
-def load_run(config: ConfigDict, workdir: Path, mode: str) -> Run:
-    """The latest good checkpoint in `workdir`; InputError without one, or of another experiment."""
+def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") -> Run:
+    """The weights of others where `init_from` names them, else the latest good checkpoint in
+    `workdir`; InputError without one, or of another experiment."""
     if jax.process_count() > 1:
         raise InputError(f"--mode={mode} runs in a single process: leave out --distributed")
+    mesh = sharding.data_mesh()
+    if init_from:
+        found = weights.load(init_from, config)
+        built = experiment.build(found.config, found.image_shape)
+        params = jax.device_put(found.params, sharding.replicated(mesh))
+        origin = f"weights of {init_from}, sha256 {found.sha256[:8]}"
+        return Run(built, params, mesh, None, origin, f"weights_{found.sha256[:8]}")
     folder = workdir / "checkpoints"
     saved = saved_meta(folder)
     if saved is None:
         raise InputError(
-            f"no checkpoint in {workdir}: train first, with the same command without --mode={mode}"
+            f"no checkpoint in {workdir}: train first, with the same command without "
+            f"--mode={mode}, or name weights of others with --init_from"
         )
     experiment.check_same_run(config, saved["config"], workdir)
     image_shape = tuple(saved["image_shape"])
     built = experiment.build(config, image_shape)
-    mesh = sharding.data_mesh()
-    weights = "ema_params" if config.sampling.ema else "params"
+    chosen = "ema_params" if config.sampling.ema else "params"
     shapes = experiment.check_model(built.model, image_shape)
-    abstract = {weights: sharding.abstract_like(shapes, sharding.replicated(mesh))}
+    abstract = {chosen: sharding.abstract_like(shapes, sharding.replicated(mesh))}
     checkpoints = Checkpoints(folder, read_only=True)
-    found = checkpoints.restore(abstract, say)
+    restored = checkpoints.restore(abstract, say)
     checkpoints.close()
-    if found is None:
+    if restored is None:
         raise InputError(f"no checkpoint in {workdir}")
-    return Run(built, found[0][weights], found[1]["step"], mesh)
+    items, meta = restored
+    step = meta["step"]
+    origin = f"step {step}, weights {'averaged (EMA)' if config.sampling.ema else 'not averaged'}"
+    return Run(built, items[chosen], mesh, step, origin, f"step_{step:08}")
 
 
 def draw(run: Run, generator: Generator, num_samples: int, seed: int) -> Iterator[np.ndarray]:

@@ -14,13 +14,15 @@ CHAIN_SAMPLES = 25
 CHAIN_FRAMES = 50
 
 
-def sample(config: ConfigDict, workdir: Path) -> None:
-    """Draws config.sampling.num_samples from the latest good checkpoint in `workdir`.
+def sample(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
+    """Draws config.sampling.num_samples from the latest good checkpoint in `workdir`, or from
+    the weights of others that `init_from` names.
 
     Sample i depends on config.sampling.seed and i alone. Writes workdir/samples/<name>.npz, .png
-    (the first 100) and .gif (the first 25), the name made of step, sampler, seed and number.
+    (the first 100) and .gif (the first 25), the name made of step (or digest of the weights),
+    sampler, seed and number.
     """
-    run = load_run(config, workdir, "sample")
+    run = load_run(config, workdir, "sample", init_from)
     s, image_shape = config.sampling, run.built.image_shape
     name = run.sample_name(s.seed, s.num_samples)
     generator = run.generator(s.num_samples)

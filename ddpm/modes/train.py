@@ -18,6 +18,7 @@ from ddpm.data import pipeline
 from ddpm.data.sources import Source
 from ddpm.errors import InputError
 from ddpm.files import write_whole
+from ddpm.interop import weights
 from ddpm.sampling import pictures
 from ddpm.training import sharding
 from ddpm.training.checkpoints import Checkpoints, parameter_count, saved_meta
@@ -30,22 +31,33 @@ class NotFinite(RuntimeError):
     """The loss or its gradient became NaN or infinite; the text names step and checkpoint."""
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
-    """Trains to config.training.steps in `workdir`, from its latest good checkpoint if it has one.
+def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
+    """Trains to config.training.steps in `workdir`, from its latest good checkpoint if it has one,
+    else from the weights of others that `init_from` names, if it does.
 
     Leaves there: config.json, metrics.jsonl, losses.png, tensorboard/, samples/, checkpoints/.
     Raises InputError for what the user can mend, NotFinite if training diverged.
     """
     sharding.check_batch_size(config.training.batch_size, "training.batch_size")
+    given = weights.load(init_from, config) if init_from else None
+    if given is not None:
+        config = given.config
     check_run(config, workdir)  # first of all: preparing a data set may take an hour
     source = experiment.source(config)
     built = experiment.build(config, source.image_shape)
     check_run(config, workdir, source)
+    if given is not None and given.image_shape != source.image_shape:
+        raise InputError(
+            f"--init_from={init_from} is of images {given.image_shape}, these are "
+            f"{source.image_shape} (height, width, channels)"
+        )
     with run_folder(workdir):
-        _train(built, source, workdir)
+        _train(built, source, workdir, given)
 
 
-def _train(built: experiment.Experiment, source: Source, workdir: Path) -> None:
+def _train(
+    built: experiment.Experiment, source: Source, workdir: Path, given: weights.Imported | None
+) -> None:
     config, training = built.config, built.config.training
     checkpoints = Checkpoints(workdir / "checkpoints", keep=training.checkpoints_kept)
 
@@ -57,7 +69,12 @@ def _train(built: experiment.Experiment, source: Source, workdir: Path) -> None:
         lambda: init(built.model, optimizer, source.image_shape, config.seed),
         out_shardings=everywhere,
     )
-    state = resume(checkpoints, jax.eval_shape(start), everywhere) or start()
+    state = resume(checkpoints, jax.eval_shape(start), everywhere)
+    if state is None:
+        state = start()
+        if given is not None:
+            params, ema_params = (jax.device_put(given.params, everywhere) for _ in range(2))
+            state = state._replace(params=params, ema_params=ema_params)
     if jax.process_index() == 0:
         text = json.dumps(to_json(config), indent=2) + "\n"
         write_whole(workdir / "config.json", lambda path: path.write_text(text))
@@ -88,7 +105,8 @@ def _train(built: experiment.Experiment, source: Source, workdir: Path) -> None:
     step = int(state.step)
     logbook = Logbook(workdir, step=step, steps=training.steps)
     shape = "x".join(map(str, source.image_shape))
-    origin = f"going on at step {step}" if step else "from the start"
+    begun = "from the start" if given is None else f"from weights {given.sha256[:8]}"
+    origin = f"going on at step {step}" if step else begun
     logbook.say(
         f"{parameter_count(state.params):,} parameters, {len(source):,} images of {shape}, "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}; {origin}, "

@@ -1,0 +1,267 @@
+"""Trained UNets of others, from a file, a folder or the hub; and ours for others.
+
+found = weights.load("google/ddpm-ema-cifar10-32")
+built = experiment.build(found.config, found.image_shape)
+samples = built.generator(mesh, batch_size=64).samples(found.params, 64, seed=0)
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from ddpm import experiment
+from ddpm.config import default
+from ddpm.errors import InputError, first_line
+from ddpm.experiment import Experiment
+from ddpm.files import write_whole
+from ddpm.interop import settings
+from ddpm.interop.tensors import READERS, Tensors, read_tensors, sha256
+from ddpm.interop.unet import is_authors, to_params, to_tensors
+from ddpm.training.logbook import say
+
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Published twice: at the end of training, and the average that the papers' figures are of.
+_NOT_AVERAGED = re.compile(r"ddpm-(cifar10-32|celebahq-256|church-256|bedroom-256|cat-256)")
+
+
+class Imported(NamedTuple):
+    """config: the one given, with the settings that came with the weights; params of its UNet;
+    sha256 of the weights, the same whatever file they come in."""
+
+    config: ConfigDict
+    image_shape: tuple[int, int, int]
+    params: Any
+    sha256: str
+
+
+class _Found(NamedTuple):
+    tensors: Tensors
+    path: Path
+    unet: dict[str, Any] | None
+    scheduler: dict[str, Any] | None
+
+
+def load(where: str | Path, config: ConfigDict | None = None) -> Imported:
+    """Weights from any of:
+
+    - a folder of `diffusers`: a pipeline's, with unet/ and scheduler/, a UNet's, or a checkpoint's
+      of its training script (config.sampling.ema chooses between unet_ema/ and unet/);
+    - a .safetensors that `export` wrote;
+    - a file in the authors' layout, as converted by pesser/pytorch_diffusion: its settings are
+      those of `config` (by default the paper's for CIFAR-10);
+    - the name of a repository on the hub, with huggingface_hub installed.
+
+    Settings that come with the weights take the place of those in config.model (all but dtype and
+    dropout) and config.diffusion. Raises InputError for whatever cannot be read or represented.
+    """
+    config = default() if config is None else config
+    found = _find(where, config)
+    if found.unet is None:
+        image_shape = _image_shape(found, config)
+    else:
+        image_shape = _settled(found, settings.model_settings, found.unet).image_shape
+        config = _with_settings(found, config)
+    built = experiment.build(config, image_shape)
+    shapes = experiment.check_model(built.model, image_shape)
+    params = to_params(found.tensors, shapes, found.path)
+    name = str(where).removesuffix("/")
+    if match := _NOT_AVERAGED.search(name):
+        averaged = f"google/ddpm-ema-{match[1]}"
+        worse = ", FID about 12 in place of 3.2" if "cifar" in name else ""
+        say(f"warning: {name}: these weights are not averaged{worse}; {averaged} are")
+    return Imported(config, image_shape, params, sha256(to_tensors(params)))
+
+
+def export(out: Path, built: Experiment, params: Any) -> None:
+    """Writes a folder that `diffusers`' DDPMPipeline and DDIMPipeline load, or one .safetensors.
+
+    The .safetensors has the tensors' names of `diffusers` and its settings as metadata. Raises
+    InputError if `out` is there already, or cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    check_out(out)
+    unet = settings.to_unet_config(built.config, built.image_shape)
+    scheduler = settings.to_scheduler_config(built.config, built.schedule)
+    tensors = to_tensors(params)
+    try:
+        if out.suffix == ".safetensors":
+            parts = {"unet": unet, "scheduler": scheduler}
+            about = {"ddpm": json.dumps(parts, sort_keys=True)}
+            write_whole(out, lambda path: save_file(tensors, path, metadata=about))
+            return
+        pipeline = {
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": unet["_diffusers_version"],
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        }
+        _write_json(out / "unet" / "config.json", unet)
+        _write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+        metadata = {"format": "pt"}  # asked for by diffusers: of the axes' order
+        write_whole(
+            out / "unet" / _WEIGHTS[0], lambda path: save_file(tensors, path, metadata=metadata)
+        )
+        _write_json(out / "model_index.json", pipeline)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+
+def check_out(out: Path) -> None:
+    """InputError for a file of another format, or where there is something already."""
+    if out.suffix in READERS.keys() - {".safetensors"}:
+        raise InputError(f"{out}: must be a folder, or end in .safetensors")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"{out}: there is something already; choose another --out")
+
+
+def _find(where: str | Path, config: ConfigDict) -> _Found:
+    path = Path(where).expanduser()
+    if not path.exists() and _HUB_ID.fullmatch(str(where)) and path.suffix not in READERS:
+        path = _from_hub(str(where))
+    if path.is_dir():
+        return _folder(path, config)
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file or folder")
+    if (path.parent / "config.json").is_file() and path.name in _WEIGHTS:
+        return _folder(path.parent, config, path.name)
+    tensors = read_tensors(path)
+    about = _metadata(path) if path.suffix == ".safetensors" else {}
+    if not about and not is_authors(tensors):
+        raise InputError(
+            f"{path}: no settings in it, or beside it in config.json: name the folder that has "
+            "both, or a file in the authors' layout"
+        )
+    return _Found(tensors, path, about.get("unet"), about.get("scheduler"))
+
+
+def _folder(path: Path, config: ConfigDict, name: str = "") -> _Found:
+    if (path / "checkpoints").is_dir():
+        raise InputError(
+            f"{path}: a run folder of this library: make weights of it first, with --mode=export "
+            f"--workdir={path} --out=FOLDER"
+        )
+    averaged = config.sampling.ema and (path / "unet_ema").is_dir()
+    inner = path / ("unet_ema" if averaged else "unet")
+    here = inner if inner.is_dir() else path
+    if not (here / "config.json").is_file():
+        raise InputError(f"{path}: neither config.json nor unet/config.json is there")
+    names = [n for n in _WEIGHTS if (here / n).is_file() and name in ("", n)]
+    if not names:
+        raise InputError(f"{here}: there is none of {', '.join(_WEIGHTS)}")
+    unet = _read_json(here / "config.json")
+    beside = (path / "scheduler", path, path.parent / "scheduler")
+    schedulers = [p for f in beside if (p := f / "scheduler_config.json").is_file()]
+    scheduler = _read_json(schedulers[0]) if schedulers else None
+    return _Found(read_tensors(here / names[0]), here / names[0], unet, scheduler)
+
+
+def _with_settings(found: _Found, config: ConfigDict) -> ConfigDict:
+    """The config with what came with the weights, saying what that changed."""
+    model = _settled(found, settings.model_settings, found.unet).model
+    sections = {"model": model}
+    if found.scheduler is None:
+        say(f"{found.path}: no scheduler_config.json with it: config.diffusion is as it was")
+    else:
+        noise = _settled(found, settings.noise_settings, found.scheduler)
+        sections["diffusion"] = noise.diffusion
+        for key, value in noise.sampling.items():
+            if config.sampling[key] != value:
+                say(
+                    f"{found.path}: its scheduler has {key} = {value!r}, this samples with "
+                    f"config.sampling.{key} = {config.sampling[key]!r}"
+                )
+    config, changed = experiment.with_settings(config, **sections)
+    if changed:
+        say(f"settings of {found.path}: {', '.join(changed)}")
+    return config
+
+
+def _settled(found: _Found, read: Any, given: Any) -> Any:
+    if not isinstance(given, dict):
+        raise InputError(f"{found.path}: its settings are not a JSON object")
+    try:
+        return read(given, found.path.parent)
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{found.path.parent}: its settings cannot be read ({first_line(error)})"
+        ) from error
+
+
+def _image_shape(found: _Found, config: ConfigDict) -> tuple[int, int, int]:
+    """Of weights without settings: the side at which the attention that the config asks for is at
+    the level where the file has it."""
+    kernel = found.tensors.get("conv_in.weight")
+    if kernel is None or kernel.ndim != 4:
+        raise InputError(f"{found.path}: no conv_in.weight: another network")
+    if size := tuple(config.data.image_size):
+        return (size[0], size[1], kernel.shape[1])
+    levels = {m[1] for n in found.tensors if (m := re.match(r"down\.(\d+)\.attn\.", n))}
+    resolutions = sorted(config.model.attention_resolutions)
+    if not levels or len(levels) != len(resolutions):
+        raise InputError(
+            f"{found.path}: its attention is at levels {sorted(levels)}, "
+            f"config.model.attention_resolutions = {tuple(resolutions)}: choose the --config of "
+            "these weights, and set config.data.image_size"
+        )
+    side = resolutions[-1] * 2 ** min(int(level) for level in levels)
+    return (side, side, kernel.shape[1])
+
+
+def _from_hub(name: str) -> Path:
+    """The local copy of a repository, fetched if need be."""
+    try:
+        from huggingface_hub import list_repo_files, snapshot_download
+    except ImportError as error:
+        raise InputError(
+            f"{name}: there is no such file or folder; if it is the name of a repository on the "
+            "hub: pip install huggingface_hub"
+        ) from error
+    try:
+        try:
+            here = list_repo_files(name)
+        except OSError:  # no network: perhaps it was fetched before
+            return Path(snapshot_download(name, local_files_only=True))
+        kinds = ["*.json", "*.safetensors" if any(_WEIGHTS[0] in f for f in here) else "*.bin"]
+        return Path(snapshot_download(name, allow_patterns=kinds))
+    except Exception as error:  # no such repository, no network, no permission
+        raise InputError(
+            f"{name}: there is no such file or folder, and it cannot be had from the hub "
+            f"({first_line(error)})"
+        ) from error
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        text = (file.metadata() or {}).get("ddpm", "{}")
+    return _parsed(text, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return _parsed(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: its JSON cannot be read ({first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: its JSON is not an object")
+    return found
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))

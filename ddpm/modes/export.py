@@ -1,0 +1,23 @@
+"""Weights of a run, or of others, for `diffusers`: a folder, or one .safetensors."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from ddpm.errors import InputError
+from ddpm.interop import weights
+from ddpm.modes.loading import load_run
+
+
+def export(config: ConfigDict, workdir: Path, out: str, init_from: str = "") -> None:
+    """Writes the weights that config.sampling.ema chooses, and the settings they need, to `out`.
+
+    Raises InputError for an empty `out`, or one where there is something already.
+    """
+    if not out:
+        raise InputError("--mode=export needs --out: a new folder, or a file .safetensors")
+    target = Path(out).expanduser()
+    weights.check_out(target)
+    run = load_run(config, workdir, "export", init_from)
+    weights.export(target, run.built, run.params)
+    print(target)
