@@ -1,0 +1,205 @@
+"""Weights of ours for others: the real commands, and diffusers sampling what they wrote."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
+
+from ddpm import experiment
+from ddpm.config import default
+from ddpm.data.sources import npz
+from ddpm.diffusion.keys import sample_keys
+from ddpm.interop import weights
+from ddpm.sampling.samplers import times
+from tests.interop.theirs import UNETS, give_noise, make, save
+from tests.runs import command, final_state, run
+
+T = 20
+OURS = {
+    "model__channel_multipliers": "(1,2)",
+    "model__attention_resolutions": "(4,)",
+    "model__head_channels": 8,
+    "diffusion__schedule": "cosine",
+    "training__learning_rate": 0.01,
+}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run, and what was exported of it: average/, raw/, average.safetensors."""
+    folder = tmp_path_factory.mktemp("export")
+    ok(command(folder / "run", **OURS))
+    for out, ema in (("average", True), ("raw", False), ("average.safetensors", True)):
+        ok(command(folder / "run", "--mode=export", f"--out={folder / out}", **OURS,
+                   sampling__ema=ema))  # fmt: skip
+    return folder
+
+
+def ok(arguments):
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def fails(arguments, said):
+    done = run(arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("error:") == 1
+    return done
+
+
+def bytes_of(path):
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return {p.name: p.read_bytes() for p in files}
+
+
+def test_import_export_import_gives_equal_bytes(workdir):
+    first = weights.load(workdir / "average")
+    built = experiment.build(first.config, first.image_shape)
+    for out in ("again", "again.safetensors"):
+        weights.export(workdir / out, built, first.params)
+        again = weights.load(workdir / out)
+        jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
+        assert again.config == first.config
+        assert again.sha256 == first.sha256
+        assert bytes_of(workdir / out) == bytes_of(workdir / out.replace("again", "average"))
+    # From the file to a folder, by the command.
+    ok(command(workdir / "other", "--mode=export", f"--out={workdir / 'third'}",
+               f"--init_from={workdir / 'average.safetensors'}"))  # fmt: skip
+    assert bytes_of(workdir / "third") == bytes_of(workdir / "average")
+
+
+def test_weights_of_others_come_back_as_they_were(tmp_path):
+    """Through this library and back to diffusers: tensor by tensor, and the settings."""
+    net = make(UNETS["small_theirs"])
+    found = weights.load(save(net, tmp_path / "theirs", beta_schedule="scaled_linear"))
+    built = experiment.build(found.config, found.image_shape)
+    weights.export(tmp_path / "ours", built, found.params)
+    back = DDPMPipeline.from_pretrained(tmp_path / "ours")
+    state = back.unet.state_dict()
+    assert state.keys() == net.state_dict().keys()
+    assert all(torch.equal(x, state[name]) for name, x in net.state_dict().items())
+    ignored = ("dropout", "_use_default_values", "_name_or_path", "_diffusers_version")
+    settings = dict(back.unet.config)
+    for key, value in net.config.items():
+        if key not in ignored:
+            same = list(value) if isinstance(value, tuple) else value
+            assert settings[key] == same, key
+    assert back.scheduler.config.beta_schedule == "scaled_linear"
+    assert back.scheduler.config.variance_type == "fixed_large"  # of our config
+
+
+def test_the_average_and_the_last_weights(workdir):
+    _, arrays = final_state(workdir / "run")  # the average, the optimiser's state, the weights
+    for name in ("average", "raw"):
+        for x in jax.tree.leaves(weights.load(workdir / name).params):
+            assert any(x.shape == y.shape and (x == y).all() for y in arrays)
+    assert weights.load(workdir / "raw").sha256 != weights.load(workdir / "average").sha256
+
+
+def test_diffusers_gives_our_samples_from_the_same_noise(workdir, monkeypatch):
+    """Those that --mode=sample draws, of the averaged weights, to the last 8-bit value but one."""
+    keys = sample_keys(jax.random.key(0), np.arange(5))
+    for sampler, pipeline_class, steps, options in (
+        ({}, DDPMPipeline, T, {}),
+        ({"sampling__variance": "fixed_small"}, DDPMPipeline, T, {}),
+        (
+            {"sampling__sampler": "ddim", "sampling__steps": 5, "sampling__eta": 0.5},
+            DDIMPipeline,
+            5,
+            {"eta": 0.5, "use_clipped_model_output": True},
+        ),
+    ):
+        done = ok(command(workdir / "run", "--mode=sample", **OURS, **sampler))
+        samples = npz(done.stdout.split()[0]).image
+        out = workdir / f"{pipeline_class.__name__}{len(sampler)}"
+        ok(command(workdir / "run", "--mode=export", f"--out={out}", **OURS, **sampler))
+        pipeline = pipeline_class.from_pretrained(out)
+        pipeline.set_progress_bar_config(disable=True)
+        with monkeypatch.context() as patch:
+            give_noise(patch, keys, times(T, steps), (8, 8, 1))
+            found = pipeline(5, num_inference_steps=steps, output_type="np", **options).images
+        found = np.round(found.reshape(samples.shape) * 255)
+        off = np.abs(found - samples.astype(float))
+        assert samples.std() > 20
+        assert off.max() <= 1
+        assert (off > 0).mean() < 0.05
+
+
+def test_one_file_is_read_by_others_too(workdir):
+    from safetensors.torch import load_file
+
+    net = UNet2DModel.from_pretrained(workdir / "average" / "unet")
+    net.load_state_dict(load_file(workdir / "average.safetensors"), strict=True)
+
+
+def test_sampling_and_evaluating_weights_of_others(workdir, tmp_path):
+    given = f"--init_from={workdir / 'average'}"
+    theirs = ok(command(tmp_path / "a", "--mode=sample", given, diffusion__num_steps=1000))
+    ours = ok(command(workdir / "run", "--mode=sample", **OURS))
+    path, expected = (done.stdout.split()[0] for done in (theirs, ours))
+    digest = weights.load(workdir / "average").sha256[:8]
+    assert f"weights_{digest}_ancestral20_fixed_large_seed0_n5.npz" in path
+    np.testing.assert_array_equal(npz(path).image, npz(expected).image)
+    # Nothing of the config given was taken for the settings of the weights.
+    assert "config.diffusion.num_steps = 20" in theirs.stderr
+    options = {"evaluation__parts": "('bound',)", "evaluation__bound_images": 20}
+    ok(command(tmp_path / "a", "--mode=evaluate", given, **options))
+    ok(command(workdir / "run", "--mode=evaluate", **OURS, **options))
+    found, expected = (
+        json.loads((folder / "evaluation.json").read_text())
+        for folder in (tmp_path / "a", workdir / "run")
+    )
+    assert found["bound"] == expected["bound"]
+    assert digest in found["weights"]
+    assert found["config"]["diffusion"]["schedule"] == "betas" or "cosine"
+
+
+def test_training_goes_on_from_weights_of_others(workdir, tmp_path):
+    given = f"--init_from={workdir / 'average'}"
+    # A step of no length leaves the weights as they were.
+    options = {"training__steps": 2, "training__learning_rate": 1e-30, "data__name": "digits"}
+    first = ok(command(tmp_path / "run", given, **options))
+    assert "from weights" in first.stderr
+    ok(command(tmp_path / "run", "--mode=export", given.replace("init_from", "out") + "2", **OURS,
+               model__dropout=0.1, **options))  # fmt: skip
+    expected, found = weights.load(workdir / "average"), weights.load(f"{workdir / 'average'}2")
+    for x, y in zip(*map(jax.tree.leaves, (found.params, expected.params)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-20)
+    # The same command goes on from the checkpoint, not from the weights.
+    again = ok(command(tmp_path / "run", given, **options | {"training__steps": 3}))
+    assert "going on at step 2" in again.stderr
+
+
+def test_what_is_refused(workdir, tmp_path):
+    ours = workdir / "run"
+    fails(command(ours, "--mode=export", **OURS), "--mode=export needs --out")
+    out = f"--out={workdir / 'average'}"
+    before = bytes_of(workdir / "average")
+    fails(command(ours, "--mode=export", out, **OURS), "there is something already")
+    fails(command(ours, "--mode=export", f"{out}.safetensors", **OURS), "something already")
+    fails(command(ours, "--mode=export", f"{out}.bin", **OURS), "must be a folder, or end in")
+    (tmp_path / "file").touch()
+    nowhere = f"--out={tmp_path / 'file' / 'out'}"
+    fails(command(ours, "--mode=export", nowhere, **OURS), "cannot be written")
+    fails(command(ours, "--mode=sample", out, **OURS), "goes with --mode=export alone")
+    fails(command(tmp_path / "none", "--mode=export", f"--out={tmp_path / 'x'}"), "no checkpoint")
+    fails(command(ours, "--mode=sample", f"--init_from={ours}"), "a run folder of this library")
+    fails(command(ours, "--mode=reference", "--init_from=x"), "uses no weights")
+    save(make(UNETS["small"]), tmp_path / "colour")
+    fails(command(tmp_path / "new", f"--init_from={tmp_path / 'colour'}"), "is of images (8, 8, 3)")
+    assert not (tmp_path / "new").exists()
+    assert bytes_of(workdir / "average") == before
+
+
+def test_the_papers_settings_are_written_as_published(tmp_path):
+    """config.json of the published CIFAR-10 weights, key by key."""
+    from ddpm.interop.settings import to_unet_config
+
+    found = to_unet_config(default(), (32, 32, 3))
+    for key, value in UNETS["cifar10"].items():
+        assert found[key] == (list(value) if isinstance(value, tuple) else value), key
