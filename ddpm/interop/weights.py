@@ -65,7 +65,10 @@ def load(where: str | Path, config: ConfigDict | None = None) -> Imported:
     else:
         image_shape = _settled(found, settings.model_settings, found.unet).image_shape
         config = _with_settings(found, config)
-    built = experiment.build(config, image_shape)
+    try:
+        built = experiment.build(config, image_shape)
+    except InputError as error:
+        raise InputError(f"{found.path}, by its settings: {error}") from error
     shapes = experiment.check_model(built.model, image_shape)
     params = to_params(found.tensors, shapes, found.path)
     name = str(where).removesuffix("/")
