@@ -15,17 +15,18 @@ from ddpm.diffusion.keys import normal, one_each
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.sampling import samplers
-from ddpm.sampling.samplers import Sampler, ancestral
+from ddpm.sampling.samplers import Sampler, Stride, ancestral
 
 
 class Chain(NamedTuple):
     """A reverse process with snapshots: x_0 [B, ...], and at each of the F times, [F, B, ...],
-    x_t and the x_0 predicted there."""
+    x_t and the x_0 predicted there. `evaluations`, int32: how often the denoiser was called."""
 
     x_0: jax.Array
     times: np.ndarray
     x_t: jax.Array
     predicted_x_0: jax.Array
+    evaluations: jax.Array
 
 
 def sample(
@@ -35,7 +36,7 @@ def sample(
     shape: Sequence[int],
     *,
     sampler: Sampler | None = None,
-    times: np.ndarray | None = None,
+    times: Sequence[float] | np.ndarray | None = None,
     x_t: jax.Array | None = None,
 ) -> jax.Array:
     """Draws x_0 of `shape` [B, ...] by `sampler` (by default `ancestral()`, Algorithm 2).
@@ -43,7 +44,8 @@ def sample(
     Args:
       key: one typed key, split into one per sample by its number, or B keys (`sample_keys`).
       denoiser: wrap it in `clipped` to keep x_0 in the data's range, as the paper does.
-      times: falling, in place of the sampler's own from T to 0; the last is where it ends.
+      times: falling, in place of the sampler's own from T to 0 (see `grids`); whole or not, the
+        last is where it ends.
       x_t: where to begin, at the first of the times; standard normal if left out.
 
     Raises ValueError for times that do not fall within 0..T, or x_t of another shape.
@@ -60,7 +62,7 @@ def sample_chain(
     shape: Sequence[int],
     *,
     sampler: Sampler | None = None,
-    times: np.ndarray | None = None,
+    times: Sequence[float] | np.ndarray | None = None,
     x_t: jax.Array | None = None,
     snapshots: int = 10,
 ) -> Chain:
@@ -68,9 +70,9 @@ def sample_chain(
     sampler = sampler or ancestral()
     shape = tuple(shape)
     keys = one_each(key, shape[0])
-    t = samplers.times(schedule.num_steps, sampler.steps) if times is None else np.asarray(times)
-    if t.ndim != 1 or len(t) < 2 or (np.diff([schedule.num_steps + 1, *t, -1]) >= 0).any():
-        raise ValueError(f"times {t.tolist()}: must fall within T = {schedule.num_steps}..0")
+    if times is None:
+        times = samplers.times(schedule.num_steps, sampler.steps)
+    t = check_times(times, schedule.num_steps, turns=sampler.turns)
     if x_t is not None and x_t.shape != shape:
         raise ValueError(f"x_t is of shape {x_t.shape}, the samples of {shape}")
     steps = len(t) - 1
@@ -79,20 +81,60 @@ def sample_chain(
     # Where step i's snapshot goes; one row too many takes those of no interest.
     slots = np.full(steps, snapshots)
     slots[moments] = np.arange(snapshots)
-
-    def noise(s: jax.Array) -> jax.Array:
-        return normal(keys, s, shape[1:])
+    streams = _streams(t, schedule.num_steps)
 
     def step(carry, inputs):
-        x_t, kept = carry
-        t, s, slot = inputs
-        prediction = denoiser(x_t, jnp.broadcast_to(t, shape[:1]))
-        if snapshots:
-            kept = jax.tree.map(lambda k, x: k.at[slot].set(x), kept, (x_t, prediction.x_0))
-        return (sampler.step(schedule, prediction, x_t, t, s, noise(s)), kept), None
+        x_t, memory, evaluations, kept = carry
+        stride, stream, slot = inputs
 
-    start = noise(jnp.asarray(t[0])) if x_t is None else x_t
+        def noise(k: jax.typing.ArrayLike = 0) -> jax.Array:
+            if isinstance(k, int) and k == 0:
+                return normal(keys, stream, shape[1:])
+            return normal(jax.vmap(jax.random.fold_in, (0, None))(keys, stream), k, shape[1:])
+
+        found = sampler.step(
+            schedule, denoiser, x_t, stride._replace(times=jnp.asarray(t)), noise, memory
+        )
+        if snapshots:
+            now = x_t, found.prediction.x_0
+            kept = jax.tree.map(lambda k, x: k.at[slot].set(x), kept, now)
+        return (found.x, found.memory, evaluations + found.evaluations, kept), None
+
+    start = normal(keys, streams[0], shape[1:]) if x_t is None else jnp.asarray(x_t, jnp.float32)
     empty = jnp.zeros((snapshots + 1 if snapshots else 0, *shape), jnp.float32)
-    inputs = (jnp.asarray(t[:-1]), jnp.asarray(t[1:]), jnp.asarray(slots))
-    (x_0, kept), _ = jax.lax.scan(step, (start, (empty, empty)), inputs)
-    return Chain(x_0, t[:-1][moments], kept[0][:snapshots], kept[1][:snapshots])
+    carry = start, sampler.memory(start), jnp.zeros((), jnp.int32), (empty, empty)
+    strides = Stride(jnp.asarray(t[:-1]), jnp.asarray(t[1:]), jnp.arange(steps), jnp.zeros(steps))
+    inputs = strides, jnp.asarray(streams[1:]), jnp.asarray(slots)
+    (x_0, _, evaluations, kept), _ = jax.lax.scan(step, carry, inputs)
+    return Chain(x_0, t[:-1][moments], *(k[:snapshots] for k in kept), evaluations)
+
+
+def check_times(
+    times: Sequence[float] | np.ndarray, num_steps: int, *, turns: bool = False
+) -> np.ndarray:
+    """The times of a chain, int32 where all are whole, else float32.
+
+    Raises ValueError unless they fall (with `turns`: move) within T..0, at least two, with none
+    between 0, the data, and 1, the first noise level.
+    """
+    t = np.asarray(times, np.float64)
+    shown = t.tolist() if t.size <= 12 else f"of {t.size} entries"
+    if t.ndim != 1 or len(t) < 2:
+        raise ValueError(f"times {shown}: must be a list of at least two")
+    moves = np.diff(t) != 0 if turns else np.diff(t) < 0
+    within = (t <= num_steps) & ((t >= 1) | (t == 0))
+    for i in np.flatnonzero(~within):
+        raise ValueError(f"times {shown}: t = {t[i]:g} is not within T = {num_steps}..1, nor 0")
+    for i in np.flatnonzero(~moves):
+        raise ValueError(f"times {shown}: must fall, but after t = {t[i]:g} comes {t[i + 1]:g}")
+    if (t[:-1] == 0).any():
+        raise ValueError(f"times {shown}: must end at 0, the data, not pass it")
+    return t.astype(np.int32 if (t == np.rint(t)).all() else np.float32)
+
+
+def _streams(t: np.ndarray, num_steps: int) -> np.ndarray:
+    """For each time the number of its noise's stream: t itself, and another at each new visit."""
+    visits = np.array([(t[:i] == t[i]).sum() for i in range(len(t))])
+    if np.issubdtype(t.dtype, np.integer):
+        return (t + (num_steps + 1) * visits).astype(np.int32)
+    return (t.view(np.int32) + visits).astype(np.int32)  # of a float its bits: larger than any T

@@ -1,11 +1,12 @@
-"""Samplers: the times a reverse process visits, and its step from x_t to x_s, pure functions.
+"""Samplers that call the denoiser once for each step from x_t to x_s, and remember nothing.
 
 A step of an ancestral chain and one of DDIM are one formula; eta = 1 of the second is the first
-with fixed-small variance.
+with fixed-small variance. Solvers of higher order are in `solvers`, Langevin dynamics in
+`langevin`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,45 +14,102 @@ import numpy as np
 
 from ddpm.diffusion.gaussian import fixed_large
 from ddpm.diffusion.likelihood import ReverseVariance
-from ddpm.diffusion.predictions import Prediction, to_posterior_mean
+from ddpm.diffusion.predictions import Denoiser, Prediction, to_posterior_mean
 from ddpm.diffusion.schedules import NoiseSchedule
 
-Step = Callable[[NoiseSchedule, Prediction, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+class Stride(NamedTuple):
+    """The way from t to s, scalars: step number `index` of a chain over `times`, [N + 1]."""
+
+    t: jax.Array
+    s: jax.Array
+    index: jax.Array
+    times: jax.Array
+
+
+class Stepped(NamedTuple):
+    """x_s, what was predicted on the way, what the next step is to know, the denoiser's calls."""
+
+    x: jax.Array
+    prediction: Prediction
+    memory: Any = ()
+    evaluations: jax.typing.ArrayLike = 1
+
+
+class Noise(Protocol):
+    """Standard normal in the shape of x_t, another one for each k (k may be traced)."""
+
+    def __call__(self, k: jax.typing.ArrayLike = 0) -> jax.Array: ...
+
+
+Step = Callable[[NoiseSchedule, Denoiser, jax.Array, Stride, Noise, Any], Stepped]
+
+
+def nothing(x: jax.Array) -> tuple[()]:
+    """The memory of a sampler without one."""
+    del x
+    return ()
 
 
 class Sampler(NamedTuple):
-    """step(schedule, prediction, x_t, t, s, noise) -> x_s, and the number of steps (None: T).
+    """How a reverse process goes from one time to the next.
 
-    t and s are scalars, noise is standard normal in the shape of x_t.
+    step(schedule, denoiser, x_t, stride, noise, memory) -> Stepped, a pure function.
+    steps: how many, evenly spread, where `sample` is not given times; None: T.
+    memory: what the first step is given, made of x_T.
+    turns: whether it can go up in time too.
     """
 
     step: Step
     steps: int | None = None
+    memory: Callable[[jax.Array], Any] = nothing
+    turns: bool = False
+
+
+Move = Callable[[NoiseSchedule, Prediction, jax.Array, jax.Array, jax.Array, Noise], jax.Array]
+
+
+def single_step(move: Move, steps: int | None) -> Sampler:
+    """The sampler of move(schedule, prediction, x_t, t, s, noise) -> x_s."""
+
+    def step(
+        schedule: NoiseSchedule,
+        denoiser: Denoiser,
+        x_t: jax.Array,
+        stride: Stride,
+        noise: Noise,
+        memory: Any,
+    ) -> Stepped:
+        prediction = denoiser(x_t, jnp.broadcast_to(stride.t, x_t.shape[:1]))
+        x_s = move(schedule, prediction, x_t, stride.t, stride.s, noise)
+        return Stepped(x_s, prediction, memory)
+
+    return Sampler(step, steps)
 
 
 def ancestral(variance: ReverseVariance = fixed_large, *, steps: int | None = None) -> Sampler:
     """Algorithm 2: x_s ~ N(posterior mean at the predicted x_0, variance); no noise into x_0.
 
-    `fixed_large` needs (nearly) all T steps; with few, take `fixed_small` or `ddim`.
+    `fixed_large` needs (nearly) all T steps; with few, take `fixed_small`, `analytic` or `ddim`.
     A denoiser that learns its variance has the say over `variance`.
     """
 
-    def step(
+    def move(
         schedule: NoiseSchedule,
         prediction: Prediction,
         x_t: jax.Array,
         t: jax.Array,
         s: jax.Array,
-        noise: jax.Array,
+        noise: Noise,
     ) -> jax.Array:
         if prediction.log_variance is None:
             log_variance = variance(schedule, t, s=s)
         else:
             log_variance = prediction.log_variance
         std = jnp.where(s > 0, jnp.exp(0.5 * log_variance), 0.0)
-        return to_posterior_mean(schedule, x_t, t, prediction, s=s) + std * noise
+        return to_posterior_mean(schedule, x_t, t, prediction, s=s) + std * noise()
 
-    return Sampler(step, steps)
+    return single_step(move, steps)
 
 
 def ddim(eta: float = 0.0, *, steps: int | None = None) -> Sampler:
@@ -63,13 +121,13 @@ def ddim(eta: float = 0.0, *, steps: int | None = None) -> Sampler:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta = {eta}: must be between 0 (deterministic) and 1 (ancestral)")
 
-    def step(
+    def move(
         schedule: NoiseSchedule,
         prediction: Prediction,
         x_t: jax.Array,
         t: jax.Array,
         s: jax.Array,
-        noise: jax.Array,
+        noise: Noise,
     ) -> jax.Array:
         level = schedule.at(s)
         if not eta:  # for s > t too, which inverts the chain
@@ -78,9 +136,9 @@ def ddim(eta: float = 0.0, *, steps: int | None = None) -> Sampler:
         # sigma_s^2 - std^2 = sigma_s^2 (1 - eta^2 + eta^2 SNR_t/SNR_s)
         kept = jnp.sqrt(1 - eta**2 + eta**2 * jnp.exp(-transition.log_snr_drop))
         mean = level.alpha * prediction.x_0 + level.sigma * kept * prediction.eps
-        return mean + eta * jnp.sqrt(transition.posterior_variance) * noise
+        return mean + eta * jnp.sqrt(transition.posterior_variance) * noise()
 
-    return Sampler(step, steps)
+    return single_step(move, steps)
 
 
 def times(num_steps: int, steps: int | None = None) -> np.ndarray:

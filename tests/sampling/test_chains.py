@@ -22,7 +22,7 @@ from ddpm import (
     sample_keys,
     schedules,
 )
-from ddpm.sampling.samplers import times
+from ddpm.sampling.samplers import Stride, times
 from tests.exact import NAMES, close, gaussian_denoiser, levels, mixture_denoiser, pair
 
 MEAN, VARIANCE = 0.4, 0.25
@@ -265,9 +265,10 @@ def test_snapshots_are_one_step_apart():
     t = times(20, 7)
     assert (chain.times == t[:-1]).all()
     for i, x_s in enumerate([*chain.x_t[1:], chain.x_0]):
-        prediction = denoise(chain.x_t[i], jnp.full(3, t[i]))
-        expected = sampler.step(schedule, prediction, chain.x_t[i], t[i], t[i + 1], 0.0)
-        close(x_s, expected, rtol=1e-5, atol=1e-6)
+        stride = Stride(t[i], t[i + 1], i, t)
+        expected = sampler.step(schedule, denoise, chain.x_t[i], stride, lambda k=0: 0.0, ())
+        close(x_s, expected.x, rtol=1e-5, atol=1e-6)
+    assert chain.evaluations == 7
 
 
 def test_no_snapshots():
@@ -287,13 +288,18 @@ def test_old_keys_are_keys():
 def test_ddim_upwards_is_ddim_downwards_inverted():
     """From T down in many steps and up again: the same x_T, to the order of a step."""
     schedule, exact = pair("cosine", 1000)
-    denoise, step = gaussian_denoiser(exact, variance=0.3), ddim().step
+    denoise = gaussian_denoiser(exact, variance=0.3)
+
+    @jax.jit
+    def move(x, t, s):
+        return ddim().step(schedule, denoise, x, Stride(t, s, 0, None), None, ()).x
+
     x = start = jnp.linspace(-2, 2, 8).reshape(2, 4)
     for s in range(900, 100, -1):
-        x = step(schedule, denoise(x, jnp.full(2, s + 1)), x, s + 1, s, None)
+        x = move(x, s + 1, s)
     there = x
     for s in range(101, 901):
-        x = step(schedule, denoise(x, jnp.full(2, s)), x, s, s + 1, None)
+        x = move(x, s, s + 1)
     assert abs(there - start).max() > 0.3
     close(x, start, atol=0.01)
 
@@ -312,12 +318,35 @@ def test_a_chain_in_two_pieces_is_the_whole(sampler):
     assert np.abs(other - whole).max() > 1e-2
 
 
-@pytest.mark.parametrize("times", [[8, 0], [3, -1], [1, 2, 3], [3, 3, 0], [3], []])
-def test_times_that_do_not_fall_within_the_schedule_are_refused(times):
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        ([8, 0], "t = 8 is not within T = 7..1, nor 0"),
+        ([3, -1], "t = -1 is not within"),
+        ([3, 0.5, 0], "t = 0.5 is not within"),
+        ([3, float("nan")], "t = nan is not within"),
+        ([1, 2, 3], "must fall, but after t = 1 comes 2"),
+        ([3, 3, 0], "must fall, but after t = 3 comes 3"),
+        ([3], "at least two"),
+        ([], "at least two"),
+        ([[3, 0]], "at least two"),
+    ],
+)
+def test_times_that_do_not_fall_within_the_schedule_are_refused(times, said):
     schedule, exact = pair("linear", 7)
     denoise = gaussian_denoiser(exact)
-    with pytest.raises(ValueError, match="must fall within T = 7"):
+    with pytest.raises(ValueError, match=said):
         sample(jax.random.key(0), schedule, denoise, (3, 2), times=times)
+
+
+def test_whole_times_are_the_same_as_floats_and_between_them_is_a_chain_too():
+    schedule, exact = pair("linear", 7)
+    run = functools.partial(sample, jax.random.key(0), schedule, gaussian_denoiser(exact), (3, 2))
+    close(run(times=[7.0, 4.0, 0.0]), run(times=[7, 4, 0]))
+    near, whole = run(times=[7, 4.001, 2.001, 0]), run(times=[7, 4, 2, 0])
+    assert abs(near - whole).max() > 0.01  # another noise
+    fixed = functools.partial(run, sampler=ddim(), x_t=jnp.ones((3, 2)))
+    close(fixed(times=[7, 4.001, 2.001, 0]), fixed(times=[7, 4, 2, 0]), atol=1e-3)
 
 
 def test_start_of_another_shape_is_refused():
