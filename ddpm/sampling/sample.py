@@ -106,7 +106,8 @@ def sample_chain(
     strides = Stride(jnp.asarray(t[:-1]), jnp.asarray(t[1:]), jnp.arange(steps), jnp.zeros(steps))
     inputs = strides, jnp.asarray(streams[1:]), jnp.asarray(slots)
     (x_0, _, evaluations, kept), _ = jax.lax.scan(step, carry, inputs)
-    return Chain(x_0, t[:-1][moments], *(k[:snapshots] for k in kept), evaluations)
+    x_kept, predicted = (k[:snapshots] for k in kept)
+    return Chain(x_0, t[:-1][moments], x_kept, predicted, evaluations)
 
 
 def check_times(

@@ -19,11 +19,11 @@ from ddpm.diffusion.schedules import NoiseSchedule
 
 
 class Stride(NamedTuple):
-    """The way from t to s, scalars: step number `index` of a chain over `times`, [N + 1]."""
+    """The way from t to s, scalars: step `number` (0, 1, ..) of a chain over `times`, [N + 1]."""
 
     t: jax.Array
     s: jax.Array
-    index: jax.Array
+    number: jax.Array
     times: jax.Array
 
 
