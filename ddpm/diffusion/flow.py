@@ -53,6 +53,46 @@ class FlowBits(NamedTuple):
     evaluations: jax.Array
 
 
+class Transported(NamedTuple):
+    """x_s [B, ...], NaN where the solver did not reach its tolerance; the denoiser's calls."""
+
+    x: jax.Array
+    evaluations: jax.Array
+
+
+def transport(
+    schedule: NoiseSchedule,
+    denoiser: Denoiser,
+    x_t: jax.Array,
+    t: jax.typing.ArrayLike,
+    s: jax.typing.ArrayLike,
+    *,
+    tolerance: float = 1e-4,
+) -> Transported:
+    """x_t along the probability flow to time s, down or up: the way back gives x_t again.
+
+    Args:
+      x_t: [B, ...]. t, s: scalars within 1..T, whole or not, not equal.
+      tolerance: of the adaptive solver, as in `log_density`; of the worst example.
+
+    Raises ValueError for a schedule without signal at T.
+    """
+    _check_ends(schedule)
+
+    def velocity(u: Any, x: jax.Array, _: Any) -> jax.Array:
+        sigma = jnp.sqrt(jax.nn.sigmoid(2 * u))
+        eps = denoiser(x, jnp.broadcast_to(schedule.time_of(-2 * u), x.shape[:1])).eps
+        return sigma * (eps - sigma * x)
+
+    def worst(error: jax.Array) -> jax.Array:
+        return jnp.sqrt(per_example_mean(error**2)).max()
+
+    first, last = (-schedule.at(jnp.asarray(time, float)).high / 2 for time in (t, s))
+    solution = _solve(velocity, first, last, jnp.asarray(x_t, jnp.float32), tolerance, worst)
+    reached = diffrax.is_successful(solution.result)
+    return Transported(jnp.where(reached, _last(solution), jnp.nan), _calls(solution))
+
+
 def log_density(
     schedule: NoiseSchedule,
     denoiser: Denoiser,
@@ -74,8 +114,7 @@ def log_density(
 
     Raises ValueError for a schedule without signal at T, where u is infinite.
     """
-    if schedule.ends_without_signal():
-        raise ValueError("the schedule leaves no signal at t = T: its flow has no end in log-SNR")
+    _check_ends(schedule)
     x_1 = jnp.asarray(x_1, jnp.float32)
     shape = x_1.shape
     probe = None
@@ -103,27 +142,49 @@ def log_density(
         return jnp.maximum(of_x, jnp.abs(error[1])).max()
 
     first, last = -schedule.log_snr[1] / 2, -schedule.log_snr[-1] / 2
-    solution = diffrax.diffeqsolve(
+    start = x_1, jnp.zeros(shape[:1])
+    solution = _solve(velocity, first, last, start, tolerance, worst)
+    x_last, divergence = _last(solution)
+    prior = -0.5 * per_example_mean(x_last**2) - 0.5 * jnp.log(2 * jnp.pi)
+    reached = diffrax.is_successful(solution.result)
+    return Flow(jnp.where(reached, prior + divergence, jnp.nan), x_last, _calls(solution))
+
+
+def _check_ends(schedule: NoiseSchedule) -> None:
+    if schedule.ends_without_signal():
+        raise ValueError("the schedule leaves no signal at t = T: its flow has no end in log-SNR")
+
+
+def _solve(
+    velocity: Callable[[Any, Any, Any], Any],
+    first: jax.Array,
+    last: jax.Array,
+    start: Any,
+    tolerance: float,
+    norm: Callable[[Any], jax.Array],
+) -> diffrax.Solution:
+    """Over u = log(sigma / alpha) from first to last, up or down."""
+    return diffrax.diffeqsolve(
         diffrax.ODETerm(velocity),
         diffrax.Tsit5(),
         first,
         last,
         dt0=(last - first) / 100,
-        y0=(x_1, jnp.zeros(shape[:1])),
-        stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance, norm=worst),
+        y0=start,
+        stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance, norm=norm),
         max_steps=MAX_STEPS,
         adjoint=diffrax.ForwardMode(),
         throw=False,
     )
-    x_last, divergence = (x[-1] for x in solution.ys)
-    prior = -0.5 * per_example_mean(x_last**2) - 0.5 * jnp.log(2 * jnp.pi)
-    reached = diffrax.is_successful(solution.result)
-    return Flow(
-        jnp.where(reached, prior + divergence, jnp.nan),
-        x_last,
-        # Six stages a step, of which the first is the last one's sixth.
-        6 * solution.stats["num_steps"] + 1,
-    )
+
+
+def _last(solution: diffrax.Solution) -> Any:
+    return jax.tree.map(lambda x: x[-1], solution.ys)
+
+
+def _calls(solution: diffrax.Solution) -> jax.Array:
+    """Six stages a step, of which the first is the last one's sixth."""
+    return 6 * solution.stats["num_steps"] + 1
 
 
 def _with_trace(

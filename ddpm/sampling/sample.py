@@ -100,7 +100,7 @@ def sample_chain(
             kept = jax.tree.map(lambda k, x: k.at[slot].set(x), kept, now)
         return (found.x, found.memory, evaluations + found.evaluations, kept), None
 
-    start = normal(keys, streams[0], shape[1:]) if x_t is None else jnp.asarray(x_t, jnp.float32)
+    start = normal(keys, streams[0], shape[1:]) if x_t is None else jnp.asarray(x_t, float)
     empty = jnp.zeros((snapshots + 1 if snapshots else 0, *shape), jnp.float32)
     carry = start, sampler.memory(start), jnp.zeros((), jnp.int32), (empty, empty)
     strides = Stride(jnp.asarray(t[:-1]), jnp.asarray(t[1:]), jnp.arange(steps), jnp.zeros(steps))

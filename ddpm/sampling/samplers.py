@@ -147,6 +147,11 @@ def times(num_steps: int, steps: int | None = None) -> np.ndarray:
     Raises ValueError unless 1 <= steps <= T.
     """
     steps = num_steps if steps is None else steps
+    check_steps(num_steps, steps)
+    return np.round(np.linspace(num_steps, 0, steps + 1)).astype(np.int32)
+
+
+def check_steps(num_steps: int, steps: int) -> None:
+    """Raises ValueError unless 1 <= steps <= T."""
     if not 1 <= steps <= num_steps:
         raise ValueError(f"{steps} sampling steps: must be between 1 and T = {num_steps}")
-    return np.round(np.linspace(num_steps, 0, steps + 1)).astype(np.int32)

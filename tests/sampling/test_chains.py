@@ -22,7 +22,12 @@ from ddpm import (
     sample_keys,
     schedules,
 )
+from ddpm.diffusion.analytic import analytic, second_moments
+from ddpm.sampling import grids
+from ddpm.sampling.adaptive import probability_flow
+from ddpm.sampling.langevin import annealed_langevin, predictor_corrector
 from ddpm.sampling.samplers import Stride, times
+from ddpm.sampling.solvers import dpm_solver, heun, unipc
 from tests.exact import NAMES, close, gaussian_denoiser, levels, mixture_denoiser, pair
 
 MEAN, VARIANCE = 0.4, 0.25
@@ -138,24 +143,46 @@ WEIGHTS, SPREAD = np.array([0.2, 0.3, 0.5]), 0.04
 CENTRES = np.array([[-1.0, 0.0], [1.0, 1.0], [0.5, -1.0]])
 
 
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        ancestral(fixed_small, steps=250),
-        ancestral(fixed_large),
-        ddim(steps=100),
-    ],
-    ids=["small", "large", "ddim"],
-)
-def test_mixture_is_sampled_in_its_shares_and_shape(sampler):
-    n = 1500
+def analytic_ancestral():
+    """With the variance that is optimal for few steps, measured on the mixture."""
     schedule, exact = pair("linear", 1000)
     denoise = mixture_denoiser(exact, WEIGHTS, CENTRES, SPREAD)
-    found = np.asarray(
-        jax.jit(lambda key: sample(key, schedule, denoise, (n, 2), sampler=sampler))(
-            jax.random.key(2)
-        )
-    )
+    rng = np.random.default_rng(25)
+    x_0 = CENTRES[rng.choice(3, 500, p=WEIGHTS)] + SPREAD**0.5 * rng.normal(size=(500, 2))
+    moments = jax.jit(lambda x: second_moments(schedule, denoise, x, jax.random.key(8)))
+    return ancestral(analytic(moments(np.float32(x_0))), steps=100)
+
+
+EXACT = {
+    "small": (lambda: ancestral(fixed_small, steps=250), None),
+    "large": (lambda: ancestral(fixed_large), None),
+    "analytic": (analytic_ancestral, None),
+    "ddim": (lambda: ddim(steps=100), None),
+    "dpm_solver": (lambda: dpm_solver(2), 25),
+    "unipc": (lambda: unipc(2), 20),
+    "stochastic_1": (lambda: dpm_solver(1, stochastic=True), 250),
+    "stochastic_2": (lambda: dpm_solver(2, stochastic=True), 60),
+    "stochastic_3": (lambda: dpm_solver(3, stochastic=True), 60),
+    "heun": (heun, 20),
+    "churn": (lambda: heun(churn=10.0, churn_range=(0.05, 50.0)), 50),
+    "flow": (lambda: probability_flow(1e-4), None),
+    "langevin": (lambda: annealed_langevin(20, step_size=0.05), 40),
+    "corrected": (lambda: predictor_corrector(ancestral(fixed_small), corrector_steps=2), 60),
+    "corrected_solver": (lambda: predictor_corrector(dpm_solver(2)), 40),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_mixture_is_sampled_in_its_shares_and_shape(name):
+    """By the energy distance; `log_snr` times where a number of steps is given."""
+    n = 1500
+    make, steps = EXACT[name]
+    schedule, exact = pair("linear", 1000)
+    denoise = mixture_denoiser(exact, WEIGHTS, CENTRES, SPREAD)
+    t = None if steps is None else grids.log_snr(schedule, steps)
+    sampler = make()
+    run = jax.jit(lambda k: sample(k, schedule, denoise, (n, 2), sampler=sampler, times=t))
+    found = np.asarray(run(jax.random.key(2)))
     shares = np.bincount(cdist(found, CENTRES).argmin(1), minlength=3) / n
     assert (abs(shares - WEIGHTS) < 4 * np.sqrt(WEIGHTS * (1 - WEIGHTS) / n)).all()
 
@@ -171,6 +198,8 @@ def test_mixture_is_sampled_in_its_shares_and_shape(sampler):
     null = [energy(rng.permutation(signs)) for _ in range(100)]
     # Beyond all of a hundred permutations by half of their range: not by chance.
     assert energy(signs) < 1.5 * max(null)
+    assert abs(found.mean(0) - true.mean(0)).max() < 5 * true.std() * np.sqrt(2 / n)
+    assert abs(np.cov(found.T) - np.cov(true.T)).max() < 0.1
 
 
 # --- Seeding

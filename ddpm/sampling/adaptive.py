@@ -1,0 +1,47 @@
+"""The probability flow by an adaptive solver, as a sampler."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ddpm.diffusion import flow
+from ddpm.diffusion.predictions import Denoiser
+from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.sampling.samplers import Noise, Sampler, Stepped, Stride
+
+
+def probability_flow(tolerance: float = 1e-4, *, steps: int = 1) -> Sampler:
+    """The probability-flow ODE solved to a tolerance between the times of the chain, from T to 1;
+    into t = 0 goes the x_0 predicted at t = 1.
+
+    The solver takes as many steps as the hardest sample of a batch needs, so a sample depends on
+    its batch, to the tolerance. `flow.transport` goes the other way. Samples are NaN where the
+    tolerance was not reached.
+    """
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance = {tolerance}: must be in (0, 1)")
+
+    def step(
+        schedule: NoiseSchedule,
+        denoiser: Denoiser,
+        x_t: jax.Array,
+        stride: Stride,
+        noise: Noise,
+        memory: Any,
+    ) -> Stepped:
+        del noise
+        end = jnp.maximum(stride.s, 1)
+
+        def solve() -> tuple[jax.Array, jax.Array]:
+            found = flow.transport(schedule, denoiser, x_t, stride.t, end, tolerance=tolerance)
+            return found.x, jnp.asarray(found.evaluations)
+
+        x_s, evaluations = jax.lax.cond(
+            stride.t == end, lambda: (x_t, jnp.zeros_like(solve()[1])), solve
+        )
+        prediction = denoiser(x_s, jnp.broadcast_to(end, x_t.shape[:1]))
+        x_s = jnp.where(stride.s == 0, prediction.x_0, x_s)
+        return Stepped(x_s, prediction, memory, evaluations + 1)
+
+    return Sampler(step, steps)

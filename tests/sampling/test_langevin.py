@@ -1,0 +1,103 @@
+"""Langevin dynamics against its stationary distribution in closed form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm import ancestral, ddim, sample_chain
+from ddpm.sampling import grids
+from ddpm.sampling.langevin import annealed_langevin, langevin_step, predictor_corrector
+from ddpm.sampling.samplers import Stride
+from tests.exact import gaussian_denoiser, pair
+
+
+@pytest.mark.parametrize(("variance", "step_size"), [(0.5, 0.1), (0.5, 0.6), (2.0, 1.5)])
+def test_stationary_variance(variance, step_size):
+    """On N(0, v) steps of size h keep v / (1 - h / (2 v)), exactly."""
+
+    @jax.jit
+    def run(key):
+        def step(x, key):
+            return langevin_step(-x / variance, x, step_size, jax.random.normal(key, x.shape)), None
+
+        start = jnp.zeros(40_000)
+        return jax.lax.scan(step, start, jax.random.split(key, 60))[0]
+
+    x = np.asarray(run(jax.random.key(0)), np.float64)
+    wanted = variance / (1 - step_size / (2 * variance))
+    assert abs(x.var() / wanted - 1) < 4 * np.sqrt(2 / x.size)
+    assert abs(x.mean()) < 4 * np.sqrt(wanted / x.size)
+
+
+def test_shapes_must_be_equal():
+    with pytest.raises(ValueError, match="shapes must be equal"):
+        langevin_step(jnp.zeros((3, 1)), jnp.zeros((3, 2)), 0.1, jnp.zeros((3, 2)))
+
+
+def test_the_corrector_keeps_the_marginal_it_is_at():
+    """Many steps at one time, from x_t of the wrong spread: N(0, V) with V of the discrete steps."""
+    schedule, exact = pair("linear", 1000)
+    t, variance, snr = 400, 0.25, 0.3
+    denoise = gaussian_denoiser(exact, 0.0, variance)
+    stay = ddim()  # from t to t it is the identity
+    sampler = predictor_corrector(stay, corrector_steps=200, snr=snr)
+    x = jnp.full((2000, 4), 3.0)
+
+    @jax.jit
+    def run(key):
+        noise = lambda k=0: jax.random.normal(jax.random.fold_in(key, k), x.shape)  # noqa: E731
+        stride = Stride(jnp.asarray(t), jnp.asarray(t), jnp.asarray(0), jnp.asarray([t, t]))
+        return sampler.step(schedule, denoise, x, stride, noise, ()).x
+
+    found = np.asarray(run(jax.random.key(1)), np.float64)
+    marginal = exact.alpha_bar[t] * variance + exact.variance[t]
+    h = 2 * snr**2 * exact.variance[t]
+    wanted = marginal / (1 - h / (2 * marginal))
+    assert abs(found.var() / wanted - 1) < 4 * np.sqrt(2 / found.size)
+    assert abs(found.mean()) < 4 * np.sqrt(wanted / found.size)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "calls"),
+    [
+        (annealed_langevin(3), 5 * 4),
+        (predictor_corrector(corrector_steps=2), 5 * 3),
+        (predictor_corrector(ddim(), steps=5), 5 * 2),
+    ],
+)
+def test_calls_of_the_denoiser_are_counted(sampler, calls):
+    schedule, exact = pair("linear", 1000)
+    asked = []
+
+    def denoise(x_t, t):
+        jax.debug.callback(lambda t: asked.append(float(t[0])), t)
+        return gaussian_denoiser(exact)(x_t, t)
+
+    t = grids.uniform(schedule, 5)
+    chain = sample_chain(jax.random.key(0), schedule, denoise, (2, 1), sampler=sampler, times=t)
+    jax.effects_barrier()
+    assert chain.evaluations == len(asked) == calls
+    assert set(asked) == set(t[:-1].tolist())
+
+
+def test_steps_of_the_predictor_are_those_of_both():
+    assert predictor_corrector(ancestral(steps=7)).steps == 7
+    assert predictor_corrector(ancestral(steps=7), steps=3).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (functools.partial(annealed_langevin, 0), "steps_per_level = 0"),
+        (functools.partial(annealed_langevin, step_size=2.0), "step_size = 2.0"),
+        (functools.partial(annealed_langevin, step_size=float("nan")), "step_size = nan"),
+        (functools.partial(predictor_corrector, corrector_steps=0), "corrector_steps = 0"),
+        (functools.partial(predictor_corrector, snr=1.0), "snr = 1.0"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
