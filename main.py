@@ -1,7 +1,7 @@
 """Trains, samples and evaluates diffusion models: python main.py --config=configs/cifar10.py
 
 The same command goes on where it was stopped. Every key of the config can be overridden:
---config.training.batch_size=64. Modes: train, sample, evaluate, reference, export.
+--config.training.batch_size=64. Modes: train, sample, compare, evaluate, reference, export.
 """
 
 import logging
@@ -25,7 +25,7 @@ from ddpm import backend
 from ddpm.config import default, flatten, nearest, validate
 from ddpm.errors import InputError, first_line
 
-_MODES = ("train", "sample", "evaluate", "reference", "export")
+_MODES = ("train", "sample", "compare", "evaluate", "reference", "export")
 _DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment's config file; configs/digits.py if left out."
@@ -123,6 +123,7 @@ def main(argv: Sequence[str]) -> None:
     logger.propagate = False
     backend.configure()
     # Imported late: a wrong flag should not wait for Orbax and others.
+    from ddpm.modes.compare import compare
     from ddpm.modes.evaluate import evaluate
     from ddpm.modes.export import export
     from ddpm.modes.reference import reference
@@ -141,6 +142,8 @@ def main(argv: Sequence[str]) -> None:
                 train(config, workdir, given)
             case "sample":
                 sample(config, workdir, given)
+            case "compare":
+                compare(config, workdir, given)
             case "evaluate":
                 evaluate(config, workdir, given)
             case "reference":

@@ -27,8 +27,26 @@ CHOICES = {
         "betas",
     ),
     "data.broken_images": ("error", "skip"),
-    "sampling.sampler": ("ancestral", "ddim"),
-    "sampling.variance": ("fixed_large", "fixed_small"),
+    "sampling.sampler": (
+        "ancestral",
+        "ddim",
+        "euler",
+        "dpm_solver",
+        "unipc",
+        "heun",
+        "probability_flow",
+        "langevin",
+    ),
+    "sampling.variance": ("fixed_large", "fixed_small", "analytic"),
+    "sampling.grid": (
+        "uniform",
+        "leading",
+        "trailing",
+        "linspace",
+        "quadratic",
+        "log_snr",
+        "karras",
+    ),
     "evaluation.features": ("", "digits", "fashion_mnist", "inception"),
     "evaluation.inception_resize": ("half_pixel", "tf1"),
 }
@@ -83,14 +101,43 @@ def default() -> ConfigDict:
 
     config.sampling = ConfigDict()
     config.sampling.sampler = "ancestral"
-    config.sampling.variance = "fixed_large"
+    config.sampling.variance = "fixed_large"  # of ancestral
+    config.sampling.analytic_images = 64  # that variance 'analytic' is measured on, once
     config.sampling.eta = 0.0  # of ddim
+    config.sampling.order = 2  # of dpm_solver and unipc: 1, 2 or 3
+    config.sampling.stochastic = False  # dpm_solver for the SDE, not the flow
+    config.sampling.churn = 0.0  # of heun: S_churn, noise added again
+    config.sampling.churn_range = ()  # (S_tmin, S_tmax) in sigma/alpha; (): everywhere
+    config.sampling.churn_noise = 1.0  # S_noise
+    config.sampling.tolerance = 1e-4  # of probability_flow, an adaptive solver
+    config.sampling.langevin_steps = 5  # of langevin, at each time
+    config.sampling.langevin_step_size = 0.2  # in units of sigma_t^2
+    config.sampling.corrector_steps = 0  # Langevin steps before each step of any sampler
+    config.sampling.corrector_snr = 0.16
     config.sampling.steps = 0  # 0: all T
+    config.sampling.grid = "uniform"  # where the steps are
+    config.sampling.sigma_max = 80.0  # sigma/alpha where log_snr and karras begin; 0: at T
+    config.sampling.rho = 7.0  # of karras
+    config.sampling.times = ()  # from T to 0, in place of steps and grid
     config.sampling.clip = True  # x_0 to [-1, 1] at every step
     config.sampling.ema = True  # the averaged weights, not the last ones
     config.sampling.num_samples = 64
     config.sampling.batch_size = 64
     config.sampling.seed = 0
+
+    config.comparison = ConfigDict()  # --mode=compare
+    # Each a sampler, and what else of config.sampling: "dpm_solver order=3 grid=karras".
+    config.comparison.samplers = (
+        "ancestral variance=fixed_small",
+        "ddim",
+        "dpm_solver grid=log_snr",
+        "unipc grid=log_snr",
+        "dpm_solver stochastic=True grid=log_snr",
+        "heun grid=karras",
+    )
+    config.comparison.steps = (5, 10, 20, 50)  # those of a sampler that names none
+    config.comparison.num_samples = 1024
+    config.comparison.seed = 0
 
     config.evaluation = ConfigDict()
     config.evaluation.parts = PARTS
@@ -137,6 +184,8 @@ def validate(config: Mapping[str, Any]) -> None:
     num_steps = len(d["betas"]) or d["num_steps"]
     if s["steps"] > num_steps:
         raise InputError(f"config.sampling.steps = {s['steps']}: must be at most T = {num_steps}")
+    if s["times"] and (s["steps"] or s["grid"] != "uniform"):
+        raise InputError("config.sampling.times goes without sampling.steps and sampling.grid")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -181,6 +230,11 @@ def _sizes(v: Any) -> bool:
     return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in v)
 
 
+def _range(v: Any) -> bool:
+    numbers = all(isinstance(n, int | float) and not isinstance(n, bool) for n in v)
+    return not v or (len(v) == 2 and numbers and 0 <= v[0] < v[1])
+
+
 def _seeds(v: Any) -> bool:
     whole = all(isinstance(n, int) and 0 <= n < 2**32 for n in v)
     return bool(v) and whole and len(set(v)) == len(v)
@@ -219,6 +273,25 @@ _RULES: dict[str, tuple[Any, str]] = {
     "training.checkpoints_kept": _whole(1),
     "sampling.eta": (lambda v: 0 <= v <= 1, "in [0, 1]"),
     "sampling.steps": _whole(0),
+    "sampling.analytic_images": _whole(1),
+    "sampling.order": (lambda v: v in (1, 2, 3), "1, 2 or 3"),
+    "sampling.churn": (lambda v: 0 <= v < float("inf"), "a number >= 0"),
+    "sampling.churn_range": (_range, "() or (least, most) of sigma/alpha, 0 <= least < most"),
+    "sampling.churn_noise": _POSITIVE,
+    "sampling.tolerance": (lambda v: 1e-7 <= v < 1, "in [1e-7, 1)"),
+    "sampling.langevin_steps": _whole(1),
+    "sampling.langevin_step_size": (lambda v: 0 < v < 2, "in (0, 2)"),
+    "sampling.corrector_steps": _whole(0),
+    "sampling.corrector_snr": (lambda v: 0 < v < 1, "in (0, 1)"),
+    "sampling.sigma_max": (lambda v: 0 <= v < float("inf"), "a number >= 0"),
+    "sampling.rho": _POSITIVE,
+    "comparison.samplers": (
+        lambda v: v and all(isinstance(n, str) for n in v),
+        'a tuple of strings, such as "dpm_solver order=3 grid=karras"',
+    ),
+    "comparison.steps": (lambda v: v and _sizes(v), "a tuple of whole numbers > 0"),
+    "comparison.num_samples": _whole(10),
+    "comparison.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
     "sampling.num_samples": _whole(1),
     "sampling.batch_size": _whole(1),
     "sampling.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),

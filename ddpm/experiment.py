@@ -1,10 +1,13 @@
 """Config -> objects: the only place where a name in a config becomes a function."""
 
+import hashlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -15,13 +18,18 @@ from ddpm.data.folders import folder
 from ddpm.data.sources import Source
 from ddpm.data.tfds_sets import tfds
 from ddpm.diffusion import schedules
+from ddpm.diffusion.analytic import analytic
 from ddpm.diffusion.gaussian import fixed_large, fixed_small
+from ddpm.diffusion.likelihood import ReverseVariance
 from ddpm.diffusion.predictions import Denoiser, clipped, denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import InputError, first_line
 from ddpm.models.unet import UNet
+from ddpm.sampling import grids, langevin, samplers, solvers
+from ddpm.sampling.adaptive import probability_flow
 from ddpm.sampling.generate import Generator
-from ddpm.sampling.samplers import Sampler, ancestral, ddim
+from ddpm.sampling.sample import check_times
+from ddpm.sampling.samplers import Sampler
 from ddpm.training import sharding
 from ddpm.training.state import adam
 
@@ -36,7 +44,32 @@ SCHEDULES: dict[str, Callable[[Any], NoiseSchedule]] = {
     "sigmoid": lambda d: schedules.sigmoid(d.num_steps),
     "betas": lambda d: schedules.from_betas(d.betas),
 }
-VARIANCES = {"fixed_large": fixed_large, "fixed_small": fixed_small}
+VARIANCES: dict[str, ReverseVariance] = {"fixed_large": fixed_large, "fixed_small": fixed_small}
+SAMPLERS: dict[str, Callable[[Any, ReverseVariance], Sampler]] = {
+    "ancestral": lambda s, variance: samplers.ancestral(variance),
+    "ddim": lambda s, variance: samplers.ddim(s.eta),
+    "euler": lambda s, variance: solvers.euler(),
+    "dpm_solver": lambda s, variance: solvers.dpm_solver(s.order, stochastic=s.stochastic),
+    "unipc": lambda s, variance: solvers.unipc(s.order),
+    "heun": lambda s, variance: solvers.heun(
+        churn=s.churn,
+        churn_range=tuple(s.churn_range) or (0.0, math.inf),
+        churn_noise=s.churn_noise,
+    ),
+    "probability_flow": lambda s, variance: probability_flow(s.tolerance),
+    "langevin": lambda s, variance: langevin.annealed_langevin(
+        s.langevin_steps, step_size=s.langevin_step_size
+    ),
+}
+GRIDS: dict[str, Callable[[Any, NoiseSchedule, int], np.ndarray]] = {
+    "uniform": lambda s, *of: grids.uniform(*of),
+    "leading": lambda s, *of: grids.leading(*of),
+    "trailing": lambda s, *of: grids.trailing(*of),
+    "linspace": lambda s, *of: grids.linspace(*of),
+    "quadratic": lambda s, *of: grids.quadratic(*of),
+    "log_snr": lambda s, *of: grids.log_snr(*of, sigma_max=s.sigma_max or None),
+    "karras": lambda s, *of: grids.karras(*of, rho=s.rho, sigma_max=s.sigma_max or None),
+}
 
 
 class Experiment(NamedTuple):
@@ -46,8 +79,52 @@ class Experiment(NamedTuple):
     schedule: NoiseSchedule
     model: UNet
     optimizer: optax.GradientTransformation
-    sampler: Sampler
     image_shape: tuple[int, int, int]
+    moments: jax.Array | None = None  # of variance 'analytic', float32[T + 1]
+
+    @property
+    def variance(self) -> ReverseVariance:
+        """Of the reverse steps. InputError for 'analytic' before it was measured."""
+        name = self.config.sampling.variance
+        if name != "analytic":
+            return VARIANCES[name]
+        if self.moments is None:
+            raise InputError(
+                "config.sampling.variance = 'analytic' is measured on a trained run: train with "
+                "another, and then sample with it"
+            )
+        return analytic(self.moments)
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler by its name, of its settings."""
+        s = self.config.sampling
+        plain = SAMPLERS[s.sampler](s, self.variance)
+        if not s.corrector_steps:
+            return plain
+        return langevin.predictor_corrector(
+            plain, corrector_steps=s.corrector_steps, snr=s.corrector_snr
+        )
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether the sampler's steps do; else a sample is a function of its x_T."""
+        s = self.config.sampling
+        drawn = {"ancestral": 1, "ddim": s.eta, "dpm_solver": s.stochastic, "heun": s.churn,
+                 "langevin": 1}  # fmt: skip
+        return bool(drawn.get(s.sampler) or s.corrector_steps)
+
+    @property
+    def times(self) -> np.ndarray:
+        """What the sampler visits, [N + 1]."""
+        s, last = self.config.sampling, self.schedule.num_steps
+        adaptive = s.sampler == "probability_flow"  # finds its own steps
+        try:
+            if s.times:
+                return check_times(s.times, last)
+            return GRIDS[s.grid](s, self.schedule, s.steps or (1 if adaptive else last))
+        except ValueError as error:
+            raise InputError(f"config.sampling: {error}") from error
 
     def unclipped_denoiser(self, params: Any) -> Denoiser:
         """The network at these weights without dropout."""
@@ -70,6 +147,7 @@ class Experiment(NamedTuple):
             self.denoiser,
             self.sampler,
             self.image_shape,
+            times=self.times,
             batch_size=-(-batch_size // devices) * devices,
             sharding=sharding.split_batch(mesh),
         )
@@ -95,9 +173,9 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
     )
     check_model(model, image_shape)
     optimizer = adam(t.learning_rate, warmup_steps=t.warmup_steps, grad_clip=t.grad_clip)
-    return Experiment(
-        config, noise_schedule(config), model, optimizer, sampler(config), image_shape
-    )
+    built = Experiment(config, noise_schedule(config), model, optimizer, image_shape)
+    _ = built.times  # refused now, if at all
+    return built
 
 
 def with_settings(config: ConfigDict, **sections: dict[str, Any]) -> tuple[ConfigDict, list[str]]:
@@ -131,13 +209,34 @@ def noise_schedule(config: ConfigDict) -> NoiseSchedule:
     return schedule
 
 
-def sampler(config: ConfigDict) -> Sampler:
-    """The sampler by its name."""
+def sampler_name(config: ConfigDict, schedule: NoiseSchedule) -> str:
+    """For the names of files: the sampler and all of its settings that matter."""
     s = config.sampling
-    steps = s.steps or None
-    if s.sampler == "ddim":
-        return ddim(s.eta, steps=steps)
-    return ancestral(VARIANCES[s.variance], steps=steps)
+    adaptive = s.sampler == "probability_flow"
+    steps = s.steps or (0 if adaptive else schedule.num_steps)
+    of: dict[str, list[str]] = {
+        "ancestral": [s.variance],
+        "ddim": [f"eta{s.eta:g}"],
+        "dpm_solver": [f"order{s.order}", *(["stochastic"] if s.stochastic else [])],
+        "unipc": [f"order{s.order}"],
+        "heun": [f"churn{s.churn:g}"] if s.churn else [],
+        "probability_flow": [f"tolerance{s.tolerance:g}"],
+        "langevin": [f"{s.langevin_steps}x{s.langevin_step_size:g}"],
+    }
+    if s.sampler == "heun" and s.churn:
+        of["heun"] += [f"noise{s.churn_noise:g}", *(f"{end:g}" for end in s.churn_range)]
+    parts = [f"{s.sampler}{steps or ''}", *of.get(s.sampler, [])]
+    if s.times:
+        digest = hashlib.sha256(repr([float(t) for t in s.times]).encode()).hexdigest()
+        parts[0] = f"{s.sampler}{len(s.times) - 1}"
+        parts.append(f"times{digest[:8]}")
+    elif s.grid not in ("uniform", "trailing"):
+        parts.append(s.grid)
+        if s.grid in ("log_snr", "karras"):
+            parts[-1] += f"{s.sigma_max:g}" + (f"rho{s.rho:g}" if s.grid == "karras" else "")
+    if s.corrector_steps:
+        parts.append(f"corrected{s.corrector_steps}x{s.corrector_snr:g}")
+    return "_".join(parts)
 
 
 def check_model(model: UNet, image_shape: tuple[int, int, int]) -> Any:

@@ -1,18 +1,23 @@
 """A trained run from its folder, or weights of others, for the modes that use one."""
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ddpm import experiment
-from ddpm.errors import InputError
+from ddpm.data.pipeline import to_float
+from ddpm.diffusion.analytic import second_moments
+from ddpm.errors import InputError, first_line
 from ddpm.experiment import Experiment
+from ddpm.files import write_whole
 from ddpm.interop import weights
 from ddpm.sampling.generate import Generator
 from ddpm.training import sharding
@@ -41,10 +46,7 @@ class Run(NamedTuple):
     def sample_name(self, seed: int, num_samples: int) -> str:
         """Of the files of samples: all that they depend on."""
         s = self.built.config.sampling
-        steps = s.steps or self.built.schedule.num_steps
-        how = (
-            f"ddim{steps}_eta{s.eta:g}" if s.sampler == "ddim" else f"ancestral{steps}_{s.variance}"
-        )
+        how = experiment.sampler_name(self.built.config, self.built.schedule)
         raw = self.step is not None and not s.ema
         other = ("_raw" if raw else "") + ("" if s.clip else "_unclipped")
         return f"{self.tag}_{how}_seed{seed}_n{num_samples}{other}"
@@ -61,7 +63,8 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
         built = experiment.build(found.config, found.image_shape)
         params = jax.device_put(found.params, sharding.replicated(mesh))
         origin = f"weights of {init_from}, sha256 {found.sha256[:8]}"
-        return Run(built, params, mesh, None, origin, f"weights_{found.sha256[:8]}")
+        run = Run(built, params, mesh, None, origin, f"weights_{found.sha256[:8]}")
+        return _measured(run, workdir)
     folder = workdir / "checkpoints"
     saved = saved_meta(folder)
     if saved is None:
@@ -83,7 +86,49 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
     items, meta = restored
     step = meta["step"]
     origin = f"step {step}, weights {'averaged (EMA)' if config.sampling.ema else 'not averaged'}"
-    return Run(built, items[chosen], mesh, step, origin, f"step_{step:08}")
+    return _measured(Run(built, items[chosen], mesh, step, origin, f"step_{step:08}"), workdir)
+
+
+def _measured(run: Run, workdir: Path) -> Run:
+    """With the moments that variance 'analytic' needs, from the run's folder if they are there."""
+    config = run.built.config
+    s = config.sampling
+    if s.variance != "analytic" or s.sampler != "ancestral":
+        return run
+    raw = "_raw" if run.step is not None and not s.ema else ""
+    path = workdir / "moments" / f"{run.tag}{raw}_n{s.analytic_images}.npz"
+    wanted = (run.built.schedule.num_steps + 1,)
+    if path.exists():
+        try:
+            with np.load(path) as file:
+                moments = file["moments"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path}: cannot be read ({first_line(error)}); remove it") from error
+        if moments.shape != wanted or not np.isfinite(moments).all():
+            raise InputError(f"{path}: not {wanted[0]} finite numbers; remove it")
+        return run._replace(built=run.built._replace(moments=jnp.asarray(moments)))
+    source = experiment.source(config)
+    if source.image_shape != run.built.image_shape:
+        raise InputError(
+            f"the run is on images of {run.built.image_shape}, these are {source.image_shape}"
+        )
+    places = np.linspace(0, len(source) - 1, min(s.analytic_images, len(source))).astype(int)
+    say(f"measuring the optimal variance on {len(places)} images, once ..")
+    # Of one key for all, and not of the sampling seed: it belongs to the run.
+    key, schedule = jax.random.key(config.seed), run.built.schedule
+    measure = jax.jit(
+        lambda params, x: second_moments(schedule, run.built.unclipped_denoiser(params), x, key)
+    )
+    moments = np.asarray(measure(run.params, to_float(source.read(places).image)))
+    if not np.isfinite(moments).all():
+        raise InputError("the model's predictions are not finite: try an earlier checkpoint")
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, moments=moments)
+
+    write_whole(path, write)
+    return run._replace(built=run.built._replace(moments=jnp.asarray(moments)))
 
 
 def draw(run: Run, generator: Generator, num_samples: int, seed: int) -> Iterator[np.ndarray]:

@@ -45,6 +45,7 @@ def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     check_run(config, workdir)  # first of all: preparing a data set may take an hour
     source = experiment.source(config)
     built = experiment.build(config, source.image_shape)
+    _ = built.sampler  # refused now, if at all, not when the first samples are due
     check_run(config, workdir, source)
     if given is not None and given.image_shape != source.image_shape:
         raise InputError(

@@ -13,15 +13,17 @@ from ddpm.diffusion.keys import normal, sample_keys
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import InputError
+from ddpm.sampling import samplers
 from ddpm.sampling.sample import sample, sample_chain
-from ddpm.sampling.samplers import Sampler, times
+from ddpm.sampling.samplers import Sampler
 
 
 class Generator:
     """Samples of one model. Compiled once: the last, partial batch is drawn whole and cut.
 
-    `make_denoiser` closes over the weights: params -> Denoiser. `sharding` splits a batch over
-    devices, whose number must divide `batch_size`.
+    `make_denoiser` closes over the weights: params -> Denoiser. `times` are the sampler's own if
+    left out. `sharding` splits a batch over devices, whose number must divide `batch_size`.
+    `evaluations` is how often the last batch called the denoiser.
     """
 
     def __init__(
@@ -32,31 +34,37 @@ class Generator:
         image_shape: tuple[int, int, int],
         *,
         batch_size: int,
+        times: np.ndarray | None = None,
         sharding: NamedSharding | None = None,
     ) -> None:
+        if times is None:
+            times = samplers.times(schedule.num_steps, sampler.steps)
         self.batch_size = batch_size
+        self.times = tuple(times.tolist())
+        self.evaluations = 0
         shape = (batch_size, *image_shape)
+        options: dict[str, Any] = {"sampler": sampler, "times": times}
 
-        def draw(params: Any, seed: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def draw(params: Any, seed: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:
             indices = start + jnp.arange(batch_size)
             if sharding is not None:
                 indices = jax.lax.with_sharding_constraint(indices, sharding)
             keys = sample_keys(jax.random.key(seed), indices)
-            x_0 = sample(keys, schedule, make_denoiser(params), shape, sampler=sampler)
-            return to_uint8(x_0), jnp.isfinite(x_0).all()
+            chain = sample_chain(
+                keys, schedule, make_denoiser(params), shape, snapshots=0, **options
+            )
+            return to_uint8(chain.x_0), jnp.isfinite(chain.x_0).all(), chain.evaluations
 
         def draw_chain(params: Any, keys: jax.Array, snapshots: int) -> jax.Array:
             few = (len(keys), *image_shape)
             denoiser = make_denoiser(params)
-            chain = sample_chain(
-                keys, schedule, denoiser, few, sampler=sampler, snapshots=snapshots
-            )
+            chain = sample_chain(keys, schedule, denoiser, few, snapshots=snapshots, **options)
             return to_uint8(jnp.concatenate([chain.x_t, chain.x_0[None]]))
 
         def draw_predicted(params: Any, keys: jax.Array, snapshots: int) -> jax.Array:
             few = (len(keys), *image_shape)
             chain = sample_chain(
-                keys, schedule, make_denoiser(params), few, sampler=sampler, snapshots=snapshots
+                keys, schedule, make_denoiser(params), few, snapshots=snapshots, **options
             )
             return to_uint8(chain.predicted_x_0)
 
@@ -75,7 +83,6 @@ class Generator:
                 )
             )
 
-        self._times = tuple(times(schedule.num_steps, sampler.steps).tolist())
         self._draw_predicted = jax.jit(draw_predicted, static_argnums=2)
         self._draw_sharing = jax.jit(draw_sharing, static_argnums=(2, 3))
         self._draw = jax.jit(draw)
@@ -87,7 +94,8 @@ class Generator:
         Raises InputError for samples that are not finite, which uint8 would hide.
         """
         for start in range(0, num_samples, self.batch_size):
-            images, finite = self._draw(params, np.uint32(seed), np.int32(start))
+            images, finite, calls = self._draw(params, np.uint32(seed), np.int32(start))
+            self.evaluations = int(calls)
             if not finite:
                 raise InputError(
                     f"samples {start}..{start + self.batch_size - 1} are not finite: the model "
@@ -109,14 +117,14 @@ class Generator:
         keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
         return np.asarray(self._draw_predicted(params, keys, snapshots))
 
-    def sharing(self, params: Any, num_samples: int, *, seed: int, t: int) -> np.ndarray:
+    def sharing(self, params: Any, num_samples: int, *, seed: int, t: float) -> np.ndarray:
         """Samples whose chains are one until x_t (Figure 7): uint8[num_samples, H, W, C].
 
-        t must be a time of the sampler above 0.
+        t must be one of `times`, above 0.
         """
-        place = self._times.index(t)
+        place = self.times.index(t)
         keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
-        above, below = self._times[: place + 1], self._times[place:]
+        above, below = self.times[: place + 1], self.times[place:]
         return np.asarray(self._draw_sharing(params, keys, above, below))
 
 

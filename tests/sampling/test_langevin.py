@@ -38,7 +38,7 @@ def test_shapes_must_be_equal():
 
 
 def test_the_corrector_keeps_the_marginal_it_is_at():
-    """Many steps at one time, from x_t of the wrong spread: N(0, V) with V of the discrete steps."""
+    """Many steps at one time, from another x_t: N(0, V), V of the discrete steps."""
     schedule, exact = pair("linear", 1000)
     t, variance, snr = 400, 0.25, 0.3
     denoise = gaussian_denoiser(exact, 0.0, variance)

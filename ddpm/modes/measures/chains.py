@@ -4,7 +4,6 @@ import numpy as np
 
 from ddpm.evaluation import report
 from ddpm.modes.measures.job import Job, Measured
-from ddpm.sampling.samplers import times
 
 
 def pictures_of_chains(job: Job) -> Measured:
@@ -18,15 +17,13 @@ def pictures_of_chains(job: Job) -> Measured:
     fragments = [
         report.images(rows, "x_0 as predicted along the chain, from t = T to 1.", columns=columns)
     ]
-    sampling = run.built.config.sampling
-    if sampling.sampler == "ddim" and sampling.eta == 0:
-        fragments.append(
-            report.text("Samples that share an x_t are one: DDIM's steps draw nothing.")
-        )
+    if not run.built.draws_noise:
+        words = "Samples that share an x_t are one: the steps of this sampler draw nothing."
+        fragments.append(report.text(words))
         return Measured("Chains", {"shared_at": []}, [], fragments)
-    chain = times(run.built.schedule.num_steps, run.built.config.sampling.steps or None)
-    shared = [int(chain[len(chain) * k // 4]) for k in range(3, -1, -1)]
+    chain = generator.times
+    shared = sorted({chain[(len(chain) - 1) * k // 4] for k in range(4)})
     for t in shared:
         images = generator.sharing(run.params, 9, seed=seed, t=t)
-        fragments.append(report.images(images, f"Samples that share x_t at t = {t}.", columns=9))
+        fragments.append(report.images(images, f"Samples that share x_t at t = {t:g}.", columns=9))
     return Measured("Chains", {"shared_at": shared}, [], fragments)

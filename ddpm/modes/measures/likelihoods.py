@@ -13,7 +13,6 @@ from ddpm.diffusion.likelihood import bits_per_dim, sampled_bits_per_dim
 from ddpm.evaluation import bound as bounds
 from ddpm.evaluation import distances, report
 from ddpm.evaluation.report import number
-from ddpm.experiment import VARIANCES
 from ddpm.modes.measures.job import Job, Measured, batches
 
 LEAST_PROBABILITY = 1e-12
@@ -25,7 +24,7 @@ def bound(job: Job) -> Measured:
     e, last = config.evaluation, job.run.built.schedule.num_steps
     every = e.bound_times == 0 or e.bound_times >= last - 1
     options: dict[str, Any] = {
-        "variance": VARIANCES[config.sampling.variance],
+        "variance": job.run.built.variance,
         "floor": LEAST_PROBABILITY,
     }
 
@@ -109,7 +108,7 @@ def flow_likelihood(job: Job) -> Measured:
     ways = {
         "uniform dequantisation": flow.dequantised_bits_per_dim,
         "from x_1, with decoder": functools.partial(
-            flow.decoded_bits_per_dim, variance=VARIANCES[built.config.sampling.variance]
+            flow.decoded_bits_per_dim, variance=built.variance
         ),
     }
     figures, rows = {}, []

@@ -1,0 +1,210 @@
+"""Samplers and numbers of steps on one model: quality and time against the denoiser's calls."""
+
+import ast
+import datetime
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm import experiment
+from ddpm.config import flatten, nearest, to_json, validate
+from ddpm.errors import InputError
+from ddpm.evaluation import distances, features, report
+from ddpm.files import write_whole
+from ddpm.modes.loading import Run, draw, load_run
+from ddpm.modes.measures.job import features_of_data, make_extractor
+from ddpm.training.logbook import say
+
+HEADER = ("sampler", "steps", "calls", "Fréchet distance", "s/image")
+SHOWN = 16  # samples of each in the picture
+
+
+class Entry(NamedTuple):
+    """A sampler as the config names it, and the config that samples by it."""
+
+    name: str
+    steps: int
+    config: ConfigDict
+
+
+class Row(NamedTuple):
+    """What was measured of an entry; seconds an image, without compiling, are NaN of one batch."""
+
+    name: str
+    steps: int
+    evaluations: int
+    frechet_distance: float
+    seconds: float
+
+
+def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
+    """Samples of config.comparison.samplers at each of .steps, the same seed, against the training
+    data in the features of the evaluation.
+
+    Writes workdir/comparison.json and comparison.html at the end, whole. Raises InputError for what
+    the user can mend, before anything is computed.
+    """
+    entries = parse(config)
+    runs = [load_run(e.config, workdir, "compare", init_from) for e in entries[:1]]
+    first = runs[0]
+    extractor = make_extractor(first.built.config, first.built.image_shape, first.mesh)
+    train = experiment.source(config)
+    if train.image_shape != first.built.image_shape:
+        raise InputError(
+            f"the run is on images of {first.built.image_shape}, these are {train.image_shape}"
+        )
+    c = config.comparison
+    data = distances.moments(
+        _blocks(features_of_data(config, extractor, train, held_out=False).vectors)
+    )
+    held_out, floor = experiment.held_out(config), None
+    if held_out is not None:
+        found = features_of_data(config, extractor, held_out, held_out=True).vectors
+        floor = distances.frechet_distance(data, distances.moments(_blocks(found[: c.num_samples])))
+
+    rows: list[Row] = []
+    shown: list[np.ndarray] = []
+    for entry in entries:
+        run = load_run(entry.config, workdir, "compare", init_from)
+        generator = run.generator(c.num_samples)
+        clock: list[float] = []
+        kept: list[np.ndarray] = []
+
+        def timed(run: Run = run, clock: Any = clock, kept: Any = kept, of: Any = generator) -> Any:
+            for images in draw(run, of, c.num_samples, c.seed):
+                clock.append(time.perf_counter())
+                kept.append(images[: max(0, SHOWN - sum(map(len, kept)))])
+                yield images
+
+        vectors = features.of_samples(extractor, timed()).vectors
+        distance = distances.frechet_distance(data, distances.moments(_blocks(vectors)))
+        # The first batch, which is compiled, is left out.
+        drawn = c.num_samples - generator.batch_size
+        seconds = (clock[-1] - clock[0]) / drawn if len(clock) > 1 else float("nan")
+        rows.append(Row(entry.name, entry.steps, generator.evaluations, distance, seconds))
+        shown.append(np.concatenate(kept))
+        say("  ".join(map(str, shown_row(rows[-1]))))
+    _write(config, workdir, first, rows, floor, shown)
+
+
+def parse(config: ConfigDict) -> list[Entry]:
+    """The entries of config.comparison, each checked; InputError names the one that is wrong."""
+    c, entries = config.comparison, []
+    known = flatten(config.sampling)
+    for text in c.samplers:
+        where = f"config.comparison.samplers, {text!r}"
+        name, *options = text.split() or [""]
+        settings: dict[str, Any] = {"sampler": name}
+        for option in options:
+            key, equals, value = option.partition("=")
+            if not equals or key not in known:
+                raise InputError(f"{where}: {key!r} is no key of config.sampling"
+                                 f"{nearest(key, known)}")  # fmt: skip
+            settings[key] = _value(value)
+            if isinstance(known[key], float) and isinstance(settings[key], int):
+                settings[key] = float(settings[key])
+        own = "steps" in settings or "times" in settings or name == "probability_flow"
+        for steps in [settings.get("steps", 0)] if own else c.steps:
+            other = config.copy_and_resolve_references()
+            with other.ignore_type():
+                other.sampling.update(settings | {"steps": steps})
+            try:
+                validate(other)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
+            entries.append(Entry(text, len(settings.get("times", ())) - 1 if "times" in settings
+                                 else steps, other))  # fmt: skip
+    return entries
+
+
+def shown_row(row: Row) -> tuple[Any, ...]:
+    """As it stands in the tables."""
+    steps = row.steps or "all"
+    return (row.name, steps, row.evaluations, report.number(row.frechet_distance),
+            report.number(row.seconds))  # fmt: skip
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _write(
+    config: ConfigDict,
+    workdir: Path,
+    run: Run,
+    rows: list[Row],
+    floor: float | None,
+    shown: list[np.ndarray],
+) -> None:
+    c = config.comparison
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    about = f"{run.origin}; {c.num_samples:,} samples each, seed {c.seed}; {device}, {day}"
+    said = (
+        f"The floor, real held-out images in the place of samples, is {report.number(floor)}."
+        if floor is not None
+        else "There are no held-out images, so no floor."
+    )
+    result = {
+        "weights": run.origin,
+        "date": day,
+        "device": device,
+        "num_samples": c.num_samples,
+        "floor": floor,
+        "rows": [
+            row._asdict() | {"seconds": None if np.isnan(row.seconds) else row.seconds}
+            for row in rows
+        ],
+        "config": to_json(config),
+    }
+    table = [shown_row(row) for row in rows]
+    fragments = [
+        report.text(said),
+        report.table(HEADER, table),
+        _plot(rows, floor),
+        report.images(
+            np.concatenate([np.resize(x, (SHOWN, *x.shape[1:])) for x in shown]),
+            f"The first {SHOWN} samples of each, from the same noise, in the table's order.",
+            columns=SHOWN,
+        ),
+    ]
+    page = report.page(f"Samplers of {workdir.resolve().name}", about, [("Samplers", fragments)])
+    text = json.dumps(result, indent=1) + "\n"
+    write_whole(workdir / "comparison.json", lambda path: path.write_text(text))
+    write_whole(workdir / "comparison.html", lambda path: path.write_text(page, encoding="utf-8"))
+    print(about)
+    print(report.plain_table(HEADER, table))
+    print(said)
+    print(workdir / "comparison.json")
+    print(workdir / "comparison.html")
+
+
+def _plot(rows: list[Row], floor: float | None) -> str:
+    figure, (left, right) = report.axes(10, 4.2, columns=2)
+    for name in dict.fromkeys(row.name for row in rows):
+        of = [row for row in rows if row.name == name]
+        distance = [row.frechet_distance for row in of]
+        left.plot([row.evaluations for row in of], distance, ".-", label=name)
+        right.plot([row.seconds for row in of], distance, ".-")
+    left.set(xlabel="calls of the denoiser", ylabel="Fréchet distance")
+    right.set(xlabel="seconds an image", ylabel="Fréchet distance")
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        if floor is not None and floor > 0:
+            axes.axhline(floor, color="0.5", ls="--", lw=1)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return report.plot(figure, "Quality against calls and against time; dashed: the floor.")
+
+
+def _blocks(x: np.ndarray) -> Iterator[np.ndarray]:
+    return (x[start : start + 4096] for start in range(0, len(x), 4096))
