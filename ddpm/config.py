@@ -146,7 +146,7 @@ def default() -> ConfigDict:
     config.evaluation.batch_size = 250
     config.evaluation.bound_times = 20  # terms drawn for each image; 0: all T
     config.evaluation.bound_images = 0  # the first of each split; 0: all
-    config.evaluation.flow_images = 256  # the first of the held-out split
+    config.evaluation.flow_images = 256  # the first held out, or without any those of training
     config.evaluation.flow_tolerance = 1e-5
     config.evaluation.flow_exact_trace = False
     config.evaluation.num_samples = 50_000  # for each seed

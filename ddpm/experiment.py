@@ -198,7 +198,7 @@ def noise_schedule(config: ConfigDict) -> NoiseSchedule:
     """The schedule by its name, refused where eps cannot be predicted."""
     try:
         schedule = SCHEDULES[config.diffusion.schedule](config.diffusion)
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         raise InputError(f"config.diffusion: {error}") from error
     if schedule.ends_without_signal():
         raise InputError(
@@ -241,7 +241,8 @@ def sampler_name(config: ConfigDict, schedule: NoiseSchedule) -> str:
 
 def check_model(model: UNet, image_shape: tuple[int, int, int]) -> Any:
     """The shapes of the parameters, without computing them; InputError if it cannot be built."""
-    x, t = jnp.zeros((1, *image_shape)), jnp.ones(1, jnp.int32)
+    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
     try:
         return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
     except ValueError as error:

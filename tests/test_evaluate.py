@@ -166,13 +166,28 @@ def test_given_samples_are_judged(workdir, tmp_path):
     assert max(found["neighbours"]["features"]["distance"]) < 1e-3
 
 
+def test_without_held_out_data(workdir):
+    """The flow is of training data, the floor of one half of them beside the other."""
+    parts = "('flow','distances')"
+    done = evaluate(workdir, evaluation__split="", evaluation__parts=parts)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((workdir / "evaluation.json").read_text())
+    assert found["flow"]["uniform dequantisation"]["split"] == "train"
+    floor = found["distances"]["floor"]
+    assert (floor["images"], floor["of"]) == (20, "training images beside 719 others")
+    assert 5 * floor["values"]["frechet_distance"] < min(
+        found["distances"]["samples"]["frechet_distance"]["values"]
+    )
+    assert "20 training images beside 719 others" in done.stdout
+    assert "train, 3 images" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         ({"evaluation__parts": "('bond',)"}, "must be a tuple of some of bound, flow"),
         ({"evaluation__seeds": "()"}, "must be a tuple of different whole numbers"),
         ({"evaluation__split": "validation"}, "digits has no split 'validation'"),
-        ({"evaluation__split": ""}, "set config.evaluation.split"),
         ({"evaluation__features": "fashion_mnist"}, "is for images of (28, 28, 1)"),
         ({"evaluation__features": "lpips"}, "must be one of '', digits, fashion_mnist, inception"),
         ({"evaluation__features": "inception"}, "pt_inception-2015-12-05-6726825d.pth"),

@@ -1,6 +1,6 @@
 """Samples beside data, by features of both: every distance, and its floor of data beside data."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,27 @@ def compare(data: Features, samples: Features) -> dict[str, float]:
         "inception_score": distances.inception_score(samples.probabilities).value,
         "class_distance": float(0.5 * np.abs(np.subtract(shares(data), shares(samples))).sum()),
     }
+
+
+class Floor(NamedTuple):
+    """What real images get in the place of samples: which, how many, every distance."""
+
+    of: str
+    images: int
+    values: dict[str, float]
+
+
+def floor(data: Features, held_out: Features | None, most: int) -> Floor:
+    """Of at most so many held-out images beside the data; without any, of one half of the data
+    beside the other, by one seed."""
+    of = "held-out images"
+    if held_out is None:
+        order = np.random.default_rng(0).permutation(len(data.vectors))
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
+        held_out, data = (Features(*(x[half] for x in data)) for half in halves)
+        of = f"training images beside {len(data.vectors):,} others"
+    n = min(len(held_out.vectors), most)
+    return Floor(of, n, compare(data, Features(*(x[:n] for x in held_out))))
 
 
 def shares(features: Features) -> list[float]:

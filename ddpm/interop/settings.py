@@ -114,6 +114,11 @@ def model_settings(unet: Mapping[str, Any], path: object) -> ModelSettings:
         raise refuse("attn_norm_num_groups", "null or norm_num_groups")
     if c.get("time_embedding_dim") not in (None, 4 * channels[0]):
         raise refuse("time_embedding_dim", f"null or {4 * channels[0]}")
+    if not isinstance(c["flip_sin_to_cos"], bool):
+        raise refuse("flip_sin_to_cos", "true or false")
+    epsilon = c["norm_eps"]
+    if not isinstance(epsilon, int | float) or isinstance(epsilon, bool) or not epsilon > 0:
+        raise refuse("norm_eps", "a number > 0")
     heads = c["attention_head_dim"]
     with_attention = {channels[-1], *(n for n, a in zip(channels, attends, strict=True) if a)}
     if heads is not None and (not whole(heads) or any(n % heads for n in with_attention)):
@@ -124,10 +129,10 @@ def model_settings(unet: Mapping[str, Any], path: object) -> ModelSettings:
         "num_res_blocks": c["layers_per_block"],
         "attention_resolutions": tuple(min(sizes) // 2**i for i, a in enumerate(attends) if a),
         "num_groups": c["norm_num_groups"],
-        "norm_epsilon": float(c["norm_eps"]),
+        "norm_epsilon": float(epsilon),
         "head_channels": 0 if heads is None else heads,
         "symmetric_downsampling": c["downsample_padding"] == 1,
-        "cosines_first": bool(c["flip_sin_to_cos"]),
+        "cosines_first": c["flip_sin_to_cos"],
         "frequency_shift": int(c["freq_shift"]),
     }
     return ModelSettings(model, (*sizes, c["in_channels"]))
@@ -171,7 +176,9 @@ def noise_settings(scheduler: Mapping[str, Any], path: object) -> NoiseSettings:
     if variance not in _VARIANCES:
         allowed = ", ".join(_VARIANCES)
         raise InputError(f"{path}: variance_type = {variance!r}: must be one of {allowed}")
-    clip = bool(scheduler.get("clip_sample", True))
+    clip = scheduler.get("clip_sample", True)
+    if not isinstance(clip, bool):
+        raise InputError(f"{path}: clip_sample = {clip!r}: must be true or false to be read here")
     return NoiseSettings(diffusion, {"variance": _VARIANCES[variance], "clip": clip})
 
 

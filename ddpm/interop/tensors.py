@@ -1,6 +1,8 @@
 """Files of tensors by name, in every format that weights come in; none of their code is run."""
 
 import hashlib
+import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import numpy as np
 from ddpm.errors import InputError, first_line
 
 Tensors = dict[str, np.ndarray]
+
+_POINTER = b"version https://git-lfs"  # what git leaves in a file's place without git-lfs
 
 
 def read_tensors(
@@ -25,6 +29,9 @@ def read_tensors(
     if path.suffix not in READERS:
         raise InputError(f"{path}: the name must end in one of {', '.join(READERS)}{end}")
     try:
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise ValueError("it only points to the file: fetch that with git lfs pull")
         return READERS[path.suffix](path)
     except ImportError as error:
         raise InputError(f"{path}: a {path.suffix} is read by PyTorch: {without_torch}") from error
@@ -56,10 +63,19 @@ def _npz(path: Path) -> Tensors:
 def _torch(path: Path) -> Tensors:
     import torch
 
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of pickles by other protocols
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # PyTorch's own text tells how to run the code
+        raise ValueError("it is no file of tensors by PyTorch, or has code in it") from error
     if not isinstance(found, dict) or not all(torch.is_tensor(x) for x in found.values()):
         raise ValueError("it does not hold tensors by name")
-    return {name: tensor.numpy() for name, tensor in found.items()}
+    found = {name: tensor.detach() for name, tensor in found.items()}
+    # NumPy has no bfloat16.
+    return {
+        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        for name, tensor in found.items()
+    }
 
 
 READERS: dict[str, Callable[[Path], Tensors]] = {

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -88,7 +89,7 @@ def to_params(tensors: Tensors, shapes: Any, path: object) -> Any:
     found = {}
     for name, place in places.items():
         x, shape = tensors[name], flat[place].shape
-        if x.dtype.kind != "f" or _taken(x, shape).shape != shape:
+        if not jnp.issubdtype(x.dtype, jnp.floating) or _taken(x, shape).shape != shape:
             wanted = list(_given(np.empty(shape, np.float32), _is_convolution(place)).shape)
             raise InputError(
                 f"{path}: {name} is {x.dtype}{list(x.shape)}, for these settings it must be of "

@@ -5,6 +5,7 @@ built = experiment.build(found.config, found.image_shape)
 samples = built.generator(mesh, batch_size=64).samples(found.params, 64, seed=0)
 """
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -38,11 +39,16 @@ class Imported(NamedTuple):
     sha256: str
 
 
+class _Settings(NamedTuple):
+    path: Path
+    given: Any
+
+
 class _Found(NamedTuple):
     tensors: Tensors
     path: Path
-    unet: dict[str, Any] | None
-    scheduler: dict[str, Any] | None
+    unet: _Settings | None
+    scheduler: _Settings | None
 
 
 def load(where: str | Path, config: ConfigDict | None = None) -> Imported:
@@ -63,8 +69,9 @@ def load(where: str | Path, config: ConfigDict | None = None) -> Imported:
     if found.unet is None:
         image_shape = _image_shape(found, config)
     else:
-        image_shape = _settled(found, settings.model_settings, found.unet).image_shape
-        config = _with_settings(found, config)
+        model = _settled(found.unet, settings.model_settings)
+        image_shape = model.image_shape
+        config = _with_settings(found, model.model, config)
     try:
         built = experiment.build(config, image_shape)
     except InputError as error:
@@ -139,7 +146,10 @@ def _find(where: str | Path, config: ConfigDict) -> _Found:
             f"{path}: no settings in it, or beside it in config.json: name the folder that has "
             "both, or a file in the authors' layout"
         )
-    return _Found(tensors, path, about.get("unet"), about.get("scheduler"))
+    unet, scheduler = (
+        _Settings(path, about[part]) if part in about else None for part in ("unet", "scheduler")
+    )
+    return _Found(tensors, path, unet, scheduler)
 
 
 def _folder(path: Path, config: ConfigDict, name: str = "") -> _Found:
@@ -157,20 +167,20 @@ def _folder(path: Path, config: ConfigDict, name: str = "") -> _Found:
     if not names:
         raise InputError(f"{here}: there is none of {', '.join(_WEIGHTS)}")
     unet = _read_json(here / "config.json")
-    beside = (path / "scheduler", path, path.parent / "scheduler")
+    above = path.absolute().parents  # a checkpoint's scheduler is that of the whole training
+    beside = (path / "scheduler", path, *(folder / "scheduler" for folder in above[:2]))
     schedulers = [p for f in beside if (p := f / "scheduler_config.json").is_file()]
     scheduler = _read_json(schedulers[0]) if schedulers else None
     return _Found(read_tensors(here / names[0]), here / names[0], unet, scheduler)
 
 
-def _with_settings(found: _Found, config: ConfigDict) -> ConfigDict:
+def _with_settings(found: _Found, model: dict[str, Any], config: ConfigDict) -> ConfigDict:
     """The config with what came with the weights, saying what that changed."""
-    model = _settled(found, settings.model_settings, found.unet).model
     sections = {"model": model}
     if found.scheduler is None:
         say(f"{found.path}: no scheduler_config.json with it: config.diffusion is as it was")
     else:
-        noise = _settled(found, settings.noise_settings, found.scheduler)
+        noise = _settled(found.scheduler, settings.noise_settings)
         sections["diffusion"] = noise.diffusion
         for key, value in noise.sampling.items():
             if config.sampling[key] != value:
@@ -184,16 +194,16 @@ def _with_settings(found: _Found, config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _settled(found: _Found, read: Any, given: Any) -> Any:
-    if not isinstance(given, dict):
+def _settled(found: _Settings, read: Any) -> Any:
+    if not isinstance(found.given, dict):
         raise InputError(f"{found.path}: its settings are not a JSON object")
     try:
-        return read(given, found.path.parent)
+        return read(found.given, found.path)
     except InputError:
         raise
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, MemoryError) as error:
         raise InputError(
-            f"{found.path.parent}: its settings cannot be read ({first_line(error)})"
+            f"{found.path}: its settings cannot be read ({first_line(error)})"
         ) from error
 
 
@@ -220,20 +230,19 @@ def _image_shape(found: _Found, config: ConfigDict) -> tuple[int, int, int]:
 def _from_hub(name: str) -> Path:
     """The local copy of a repository, fetched if need be."""
     try:
-        from huggingface_hub import list_repo_files, snapshot_download
+        from huggingface_hub import model_info, snapshot_download
     except ImportError as error:
         raise InputError(
             f"{name}: there is no such file or folder; if it is the name of a repository on the "
             "hub: pip install huggingface_hub"
         ) from error
     try:
-        try:
-            here = list_repo_files(name)
-        except OSError:  # no network: perhaps it was fetched before
-            return Path(snapshot_download(name, local_files_only=True))
+        here = [file.rfilename for file in model_info(name, timeout=10).siblings or ()]
         kinds = ["*.json", "*.safetensors" if any(_WEIGHTS[0] in f for f in here) else "*.bin"]
         return Path(snapshot_download(name, allow_patterns=kinds))
     except Exception as error:  # no such repository, no network, no permission
+        with contextlib.suppress(Exception):  # perhaps it was fetched before
+            return Path(snapshot_download(name, local_files_only=True))
         raise InputError(
             f"{name}: there is no such file or folder, and it cannot be had from the hub "
             f"({first_line(error)})"
@@ -248,9 +257,9 @@ def _metadata(path: Path) -> dict[str, Any]:
     return _parsed(text, path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> _Settings:
     try:
-        return _parsed(path.read_text(encoding="utf-8"), path)
+        return _Settings(path, _parsed(path.read_text(encoding="utf-8"), path))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
 

@@ -9,7 +9,6 @@ from ddpm import experiment
 from ddpm.data.cache import cache_folder
 from ddpm.errors import InputError
 from ddpm.evaluation import comparison, report
-from ddpm.evaluation.features import Features
 from ddpm.modes.measures.fidelity import NAMES
 from ddpm.modes.measures.job import features_of_data, make_extractor
 from ddpm.training import sharding
@@ -29,12 +28,11 @@ def reference(config: ConfigDict, workdir: Path) -> None:
     data = features_of_data(config, extractor, train, held_out=False)
     print(f"{len(data.vectors):,} training images, {data.vectors.shape[1]} features each")
     print("  ".join(f"{name}: {value}" for name, value in extractor.network.key.items()))
+    other = None
     if held_out is not None:
         other = features_of_data(config, extractor, held_out, held_out=True)
-        n = min(len(other.vectors), config.evaluation.num_samples)
-        found = comparison.compare(data, Features(*(x[:n] for x in other)))
-        rows = [
-            (NAMES[name], f"{n:,} held-out images", report.number(v)) for name, v in found.items()
-        ]
-        print(report.plain_table(("floor", "of", "value"), rows))
+    floor = comparison.floor(data, other, config.evaluation.num_samples)
+    of = f"{floor.images:,} {floor.of}"
+    rows = [(NAMES[name], of, report.number(v)) for name, v in floor.values.items()]
+    print(report.plain_table(("floor", "of", "value"), rows))
     print(f"kept in {cache_folder()}")

@@ -70,6 +70,11 @@ def test_comparison_tells_halves_of_digits_from_noise():
     floor, found = comparison.compare(data, same), comparison.compare(data, noise)
     assert floor["frechet_distance"] < 0.2 * found["frechet_distance"]
     assert floor["kernel_distance"] < 0.2 * found["kernel_distance"]
+    assert comparison.floor(data, same, 10**6) == ("held-out images", 719, floor)
+    halves = comparison.floor(data, None, 300)  # disjoint: else there would be copies
+    assert (halves.images, halves.of) == (300, "training images beside 360 others")
+    assert halves.values["frechet_distance"] < 0.2 * found["frechet_distance"]
+    assert 0.4 < halves.values["two_sample_accuracy"] < 0.6
     assert floor["two_sample_accuracy"] < 0.6 < 0.95 < found["two_sample_accuracy"]
     assert floor["precision"] > 0.8 > 0.3 > found["precision"]
     assert floor["class_distance"] < 0.1 < found["class_distance"]

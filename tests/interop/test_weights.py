@@ -1,8 +1,10 @@
 """Weights of others: each network beside diffusers' own at the same random weights."""
 
 import os
+import pickle
 import shutil
 import sys
+import types
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_of_torch
 
 from ddpm import experiment
 from ddpm.config import default
@@ -29,6 +32,7 @@ from tests.interop.theirs import (
     save,
 )
 
+BIN, SAFE = "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"
 FULL_SIZE = os.environ.get("DDPM_FULL_SIZE")
 
 
@@ -194,6 +198,16 @@ def test_half_precision_is_read_as_float32(small, tmp_path):
     save_file(half, path)
     leaves = jax.tree.leaves(weights.load(tmp_path / "half").params)
     assert all(x.dtype == np.float32 for x in leaves)
+    # NumPy has no bfloat16; and a pickle may hold trainable parameters.
+    brief = {k: torch.nn.Parameter(v.bfloat16()) for k, v in small[0].state_dict().items()}
+    torch.save(brief, path.with_name(BIN))
+    save_of_torch({k: v.detach() for k, v in brief.items()}, path)
+    found = weights.load(path)
+    path.unlink()
+    same(weights.load(tmp_path / "half"), found)
+    np.testing.assert_array_equal(
+        found.params["conv_in"]["bias"], brief["conv_in.bias"].detach().float()
+    )
 
 
 def test_a_checkpoint_of_the_training_script(small, tmp_path):
@@ -210,6 +224,17 @@ def test_a_checkpoint_of_the_training_script(small, tmp_path):
     same(found[False], weights.load(folder))
     assert found[True].sha256 != found[False].sha256
     assert found[True].config.diffusion == default().diffusion
+    # Within the folder of the training, whose scheduler it is.
+    (tmp_path / "scheduler").mkdir()
+    shutil.copy(folder / "scheduler" / "scheduler_config.json", tmp_path / "scheduler")
+    change_json(tmp_path / "scheduler" / "scheduler_config.json", beta_end=0.1)
+    checkpoint = tmp_path / "checkpoint-500"
+    checkpoint.mkdir()
+    (tmp_path / "unet_ema").rename(checkpoint / "unet_ema")
+    for given in (checkpoint, checkpoint / "unet_ema"):
+        inside = weights.load(given)
+        assert inside.sha256 == found[True].sha256
+        assert inside.config.diffusion.beta_end == 0.1
 
 
 def test_every_setting_is_read(tmp_path):
@@ -256,7 +281,10 @@ REFUSED = [
     ("unet/config.json", {"sample_size": None}, "sample_size"),
     ("unet/config.json", {"block_out_channels": [16, 24, 32, 32]}, "multiples of the first"),
     ("unet/config.json", {"block_out_channels": "x"}, "block_out_channels"),
-    ("unet/config.json", {"norm_eps": "x"}, "settings cannot be read"),
+    ("unet/config.json", {"norm_eps": "1e-6"}, "norm_eps = '1e-6': must be a number > 0"),
+    ("unet/config.json", {"norm_eps": True}, "norm_eps = True: must be a number > 0"),
+    ("unet/config.json", {"flip_sin_to_cos": "false"}, "flip_sin_to_cos = 'false': must be true"),
+    ("unet/config.json", {"sample_size": 10**6, "norm_num_groups": 5}, "do not divide"),
     ("unet/config.json", {"layers_per_block": 2.5}, "layers_per_block"),
     ("unet/config.json", {"down_block_types": ["ResnetDownsampleBlock2D"] * 4}, "down_block_types"),
     ("unet/config.json", {"up_block_types": ["UpBlock2D"] * 4}, "mirror image"),
@@ -266,7 +294,11 @@ REFUSED = [
     ("unet/config.json", {"layers_per_block": 3}, "tensors are missing"),
     ("unet/config.json", {"block_out_channels": [32, 64, 64, 64]}, "it must be of"),
     ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "prediction_type"),
-    ("scheduler/scheduler_config.json", {"variance_type": "learned_range"}, "variance_type"),
+    (
+        "scheduler/scheduler_config.json",
+        {"variance_type": "learned_range"},
+        r"scheduler/scheduler_config.json: variance_type",
+    ),
     ("scheduler/scheduler_config.json", {"beta_schedule": "laplace"}, "beta_schedule"),
     ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas"),
     ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding"),
@@ -275,6 +307,8 @@ REFUSED = [
     ("scheduler/scheduler_config.json", {"trained_betas": [2.0]}, "by its settings: .*beta_1 = 2"),
     ("scheduler/scheduler_config.json", {"trained_betas": ["x"]}, "settings cannot be read"),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": "x"}, "num_steps = 'x'"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**14}, "by its settings"),
+    ("scheduler/scheduler_config.json", {"clip_sample": "no"}, "clip_sample = 'no': must be"),
 ]
 
 
@@ -309,9 +343,6 @@ def with_nan(path, state):
     save_file(changed, path)
 
 
-BIN, SAFE = "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"
-
-
 @pytest.mark.parametrize(
     ("name", "write", "said"),
     [
@@ -319,7 +350,10 @@ BIN, SAFE = "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"
         (SAFE, torn, r"cannot be read as \.safetensors"),
         (SAFE, lambda p, s: torch.save(s, p), r"cannot be read as \.safetensors"),
         (BIN, lambda p, _: save_file({"x": np.ones(1)}, p), r"cannot be read as \.bin"),
-        (BIN, lambda p, s: torch.save(s | {"x": Evil()}, p), r"cannot be read as \.bin"),
+        (BIN, lambda p, s: torch.save(s | {"x": Evil()}, p), r"as \.bin .*or has code in it"),
+        (BIN, lambda p, _: p.write_bytes(pickle.dumps(Evil())), r"as \.bin .*has code in it"),
+        (SAFE, lambda p, _: p.write_bytes(pickle.dumps(Evil())), r"cannot be read as \.safet"),
+        (SAFE, lambda p, _: p.write_text("version https://git-lfs.github.com/s"), "git lfs pull"),
         (BIN, lambda p, _: torch.save([1], p), "does not hold tensors by name"),
         (BIN, lambda p, s: torch.save({"state_dict": s}, p), "does not hold tensors by name"),
         (SAFE, lambda p, _: save_file({"x": np.ones(1)}, p), "tensors are missing"),
@@ -376,7 +410,8 @@ def test_the_hub_gives_a_folder(small, monkeypatch, capsys):
         return str(small[1])
 
     files = ["config.json", f"unet/{SAFE}", f"unet/{BIN}"]
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: files)
+    info = types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=f) for f in files])
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     same(weights.load("google/ddpm-cifar10-32"), weights.load(small[1]))
     assert asked == [("google/ddpm-cifar10-32", {"allow_patterns": ["*.json", "*.safetensors"]})]
@@ -388,16 +423,27 @@ def test_the_hub_gives_a_folder(small, monkeypatch, capsys):
     assert "not averaged" not in capsys.readouterr().err
 
 
-def test_without_the_hub(monkeypatch, tmp_path):
+class NoNetwork(Exception):
+    """No OSError: those of the hub's HTTP client are not."""
+
+
+def test_without_the_hub(small, monkeypatch, tmp_path):
     import huggingface_hub
 
     def offline(name, **_):
-        raise ConnectionError("no network\nand more")
+        raise NoNetwork("no network\nand more")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
+    monkeypatch.setattr(huggingface_hub, "model_info", offline)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     refused("google/ddpm-cifar10-32", r"it cannot be had from the hub \(no network\)")
+
+    def fetched_before(name, *, local_files_only):
+        assert local_files_only
+        return str(small[1])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched_before)
+    same(weights.load("google/ddpm-cifar10-32"), weights.load(small[1]))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused("google/ddpm-cifar10-32", "pip install huggingface_hub")
 

@@ -28,8 +28,7 @@ NAMES = {
 def distances_to_data(job: Job) -> Measured:
     """Of samples to training data, beside the floor: held-out data to training data."""
     assert job.extractor is not None
-    config = job.run.built.config
-    e = config.evaluation
+    e = job.run.built.config.evaluation
     train = job.features("train")
     values, shares = [], {"train": comparison.shares(train)}
     for seed in e.seeds[:1] if e.samples else e.seeds:
@@ -37,19 +36,15 @@ def distances_to_data(job: Job) -> Measured:
         values.append(comparison.compare(train, found))
         shares.setdefault("samples", comparison.shares(found))
     spread = comparison.spread(values)
-    floor, floor_n = None, 0
-    if job.held_out is not None:
-        held_out = job.features("held out")
-        floor_n = min(len(held_out.vectors), e.num_samples)
-        floor = comparison.compare(train, features.Features(*(x[:floor_n] for x in held_out)))
+    held_out = None if job.held_out is None else job.features("held out")
+    floor = comparison.floor(train, held_out, e.num_samples)
     seeds = "given samples" if e.samples else f"seeds {', '.join(map(str, e.seeds))}"
     n = f"{e.num_samples:,} samples beside {len(train.vectors):,} training images"
     rows = []
     for name, value in spread.items():
         std = f" ± {number(value['std'])}" if value["std"] is not None else ""
         rows.append((NAMES[name], n, number(value["mean"]) + std, seeds))
-        if floor is not None:
-            rows.append(("   floor", f"{floor_n:,} held-out images", number(floor[name]), ""))
+        rows.append(("   floor", f"{floor.images:,} {floor.of}", number(floor.values[name]), ""))
     network = job.extractor.network
     figures = {
         "features": network.key,
@@ -57,11 +52,11 @@ def distances_to_data(job: Job) -> Measured:
         "reference": {"split": "train", "images": len(train.vectors)},
         "seeds": [] if e.samples else list(e.seeds),
         "samples": spread,
-        "floor": {"images": floor_n, "values": floor},
+        "floor": floor._asdict(),
     }
     about = ", ".join(f"{name} {value}" for name, value in network.key.items())
     words = (
-        f"Features: {about}. The floor is what held-out images get in the place "
+        f"Features: {about}. The floor is what real images get in the place "
         "of samples, as many where there are as many. What compares all pairs takes at most "
         f"{comparison.MOST_PAIRED:,} of each set. The two-sample test is best at 0.5."
     )

@@ -75,8 +75,6 @@ def prepare(
                     f"{e.samples}: {len(given)} images, config.evaluation.num_samples asks for "
                     f"{e.num_samples}"
                 )
-    if "flow" in parts and held_out is None:
-        raise InputError("the flow's likelihood is of held-out data: set config.evaluation.split")
 
     @functools.cache
     def samples(seed: int) -> np.ndarray:
