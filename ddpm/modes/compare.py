@@ -17,7 +17,7 @@ from ddpm.config import flatten, nearest, to_json, validate
 from ddpm.errors import InputError
 from ddpm.evaluation import distances, features, report
 from ddpm.files import write_whole
-from ddpm.modes.loading import Run, draw, load_run
+from ddpm.modes.loading import Run, draw, load_run, with_variance
 from ddpm.modes.measures.job import features_of_data, make_extractor
 from ddpm.training.logbook import say
 
@@ -50,14 +50,20 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     Writes workdir/comparison.json and comparison.html at the end, whole. Raises InputError for what
     the user can mend, before anything is computed.
     """
-    entries = parse(config)
-    runs = [load_run(e.config, workdir, "compare", init_from) for e in entries[:1]]
-    first = runs[0]
-    extractor = make_extractor(first.built.config, first.built.image_shape, first.mesh)
+    parse(config)  # what is wrong with them is said before the run is read
+    first = load_run(config, workdir, "compare", init_from)
+    built = first.built
+    runs = [
+        (entry, first._replace(built=built._replace(config=entry.config)))
+        for entry in parse(built.config)
+    ]
+    for _, run in runs:
+        _ = run.built.times  # refused now, if at all
+    extractor = make_extractor(built.config, built.image_shape, first.mesh)
     train = experiment.source(config)
-    if train.image_shape != first.built.image_shape:
+    if train.image_shape != built.image_shape:
         raise InputError(
-            f"the run is on images of {first.built.image_shape}, these are {train.image_shape}"
+            f"the run is on images of {built.image_shape}, these are {train.image_shape}"
         )
     c = config.comparison
     data = distances.moments(
@@ -70,8 +76,8 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
 
     rows: list[Row] = []
     shown: list[np.ndarray] = []
-    for entry in entries:
-        run = load_run(entry.config, workdir, "compare", init_from)
+    for entry, run in runs:
+        run = with_variance(run, workdir)
         generator = run.generator(c.num_samples)
         clock: list[float] = []
         kept: list[np.ndarray] = []
@@ -96,7 +102,8 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
 def parse(config: ConfigDict) -> list[Entry]:
     """The entries of config.comparison, each checked; InputError names the one that is wrong."""
     c, entries = config.comparison, []
-    known = flatten(config.sampling)
+    of_all = ("sampler", "ema", "num_samples", "batch_size", "seed")
+    known = {k: v for k, v in flatten(config.sampling).items() if k not in of_all}
     for text in c.samplers:
         where = f"config.comparison.samplers, {text!r}"
         name, *options = text.split() or [""]
@@ -118,8 +125,8 @@ def parse(config: ConfigDict) -> list[Entry]:
                 validate(other)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
-            entries.append(Entry(text, len(settings.get("times", ())) - 1 if "times" in settings
-                                 else steps, other))  # fmt: skip
+            times = settings.get("times", ())
+            entries.append(Entry(text, len(times) - 1 if times else steps, other))
     return entries
 
 

@@ -64,7 +64,7 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
         params = jax.device_put(found.params, sharding.replicated(mesh))
         origin = f"weights of {init_from}, sha256 {found.sha256[:8]}"
         run = Run(built, params, mesh, None, origin, f"weights_{found.sha256[:8]}")
-        return _measured(run, workdir)
+        return with_variance(run, workdir)
     folder = workdir / "checkpoints"
     saved = saved_meta(folder)
     if saved is None:
@@ -86,11 +86,12 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
     items, meta = restored
     step = meta["step"]
     origin = f"step {step}, weights {'averaged (EMA)' if config.sampling.ema else 'not averaged'}"
-    return _measured(Run(built, items[chosen], mesh, step, origin, f"step_{step:08}"), workdir)
+    run = Run(built, items[chosen], mesh, step, origin, f"step_{step:08}")
+    return with_variance(run, workdir)
 
 
-def _measured(run: Run, workdir: Path) -> Run:
-    """With the moments that variance 'analytic' needs, from the run's folder if they are there."""
+def with_variance(run: Run, workdir: Path) -> Run:
+    """With the moments that variance 'analytic' needs: from the run's folder, or measured now."""
     config = run.built.config
     s = config.sampling
     if s.variance != "analytic" or s.sampler != "ancestral":

@@ -87,9 +87,9 @@ def _check(schedule: NoiseSchedule, steps: int) -> None:
 
 
 def _table(schedule: NoiseSchedule) -> np.ndarray:
-    """The log-SNR of t = 1..T in float64."""
+    """The log-SNR of t = 1..T in float64, without T where no signal is left."""
     high, low = (np.asarray(x, np.float64)[1:] for x in (schedule.log_snr, schedule.log_snr_low))
-    return high + low
+    return (high + low)[np.isfinite(high)]
 
 
 def _ends(schedule: NoiseSchedule, sigma_max: float | None) -> tuple[float, float]:
@@ -99,8 +99,6 @@ def _ends(schedule: NoiseSchedule, sigma_max: float | None) -> tuple[float, floa
         if not sigma_max > 0:
             raise ValueError(f"sigma_max = {sigma_max}: must be a number > 0")
         first = max(first, -2 * np.log(sigma_max))
-    if not np.isfinite(first):
-        raise ValueError("the schedule leaves no signal at t = T: begin lower, by sigma_max")
     if first >= last:
         raise ValueError(f"sigma_max = {sigma_max:g}: less than t = 1 has, {np.exp(-last / 2):g}")
     return first, last

@@ -1,0 +1,147 @@
+"""The real `main.py --mode=compare`, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ddpm.config import default
+from ddpm.errors import InputError
+from ddpm.modes.compare import parse
+from tests.runs import command, run
+
+# On the digits' own classifier; a batch of 32 leaves three to be timed.
+FEW = {"comparison__num_samples": 100, "sampling__batch_size": 32}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare") / "run"
+    found = run(command(folder))
+    assert found.returncode == 0, found.stderr
+    return folder
+
+
+def test_table_and_plot(trained):
+    samplers = "('ddim','heun grid=karras','ancestral variance=analytic','probability_flow')"
+    found = run(
+        command(
+            trained,
+            "--mode=compare",
+            comparison__samplers=samplers,
+            comparison__steps="(3, 6)",
+            sampling__analytic_images=5,
+            **FEW,
+        )
+    )
+    assert found.returncode == 0, found.stderr
+    result = json.loads((trained / "comparison.json").read_text())
+    names = [(row["name"], row["steps"], row["evaluations"]) for row in result["rows"][:-1]]
+    kinds = {"ddim": lambda n: n, "heun grid=karras": lambda n: 2 * n - 1,
+             "ancestral variance=analytic": lambda n: n}  # fmt: skip
+    assert names == [(name, n, calls(n)) for name, calls in kinds.items() for n in (3, 6)]
+    assert result["rows"][-1]["name"] == "probability_flow"
+    assert result["rows"][-1]["evaluations"] > 10
+    for row in result["rows"]:
+        assert row["frechet_distance"] > result["floor"] > 0
+        assert row["seconds"] > 0
+    page = (trained / "comparison.html").read_text()
+    assert page.count("<img") == 2
+    assert "heun grid=karras" in found.stdout
+    # Measured once, and kept with the run.
+    (moments,) = (trained / "moments").glob("*.npz")
+    with np.load(moments) as file:
+        kept = file["moments"]
+    assert kept.shape == (21,)
+    assert found.stderr.count("measuring the optimal variance") == 1
+
+
+def test_sampling_by_the_kept_variance(trained):
+    how = {"sampling__variance": "analytic", "sampling__analytic_images": 5}
+    moments = trained / "moments" / "step_00000008_n5.npz"
+    made = not moments.exists()
+    found = run(command(trained, "--mode=sample", **how))
+    assert found.returncode == 0, found.stderr
+    assert ("measuring" in found.stderr) == made
+    assert (trained / "samples" / "step_00000008_ancestral20_analytic_seed0_n5.npz").exists()
+    moments.write_bytes(moments.read_bytes()[:50])
+    found = run(command(trained, "--mode=sample", **how))
+    assert found.returncode == 2
+    assert f"{moments}: cannot be read" in found.stderr
+    assert "Traceback" not in found.stderr
+    moments.unlink()
+
+
+def test_a_variance_that_is_not_measured_yet_is_not_trained_with(tmp_path):
+    found = run(command(tmp_path / "new", sampling__variance="analytic"))
+    assert found.returncode == 2
+    assert "is measured on a trained run" in found.stderr
+
+
+def entries(**comparison):
+    config = default()
+    config.comparison.update(comparison)
+    return parse(config)
+
+
+def test_entries():
+    found = entries(
+        samplers=(
+            "ddim",
+            "dpm_solver order=3 grid=karras rho=5",
+            "heun steps=7",
+            "euler times=(9,0)",
+        ),
+        steps=(4, 8),
+    )
+    assert [(e.name.split()[0], e.steps) for e in found] == [
+        ("ddim", 4),
+        ("ddim", 8),
+        ("dpm_solver", 4),
+        ("dpm_solver", 8),
+        ("heun", 7),
+        ("euler", 1),
+    ]
+    of = found[3].config.sampling
+    assert (of.sampler, of.order, of.grid, of.rho, of.steps) == ("dpm_solver", 3, "karras", 5.0, 8)
+    assert tuple(found[5].config.sampling.times) == (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "said"),
+    [
+        ("ddimm", "did you mean 'ddim'"),
+        ("", "must be one of"),
+        ("ddim etta=1", "'etta' is no key of config.sampling; did you mean 'eta'"),
+        ("ddim eta", "no key of config.sampling"),
+        ("ddim eta=2", r"must be in \[0, 1\]"),
+        ("ddim eta=high", "must be of type float"),
+        ("dpm_solver order=4", "must be 1, 2 or 3"),
+        ("ddim steps=1001", "at most T = 1000"),
+        ("ddim seed=3", "'seed' is no key"),
+    ],
+)
+def test_entries_that_are_wrong(sampler, said):
+    with pytest.raises(InputError, match=said) as found:
+        entries(samplers=("ddim", sampler))
+    assert f"config.comparison.samplers, {sampler!r}" in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("times", "(5,7,0)", "must fall, but after t = 5 comes 7"),
+        ("times", "(25,0)", "t = 25 is not within T = 20..1, nor 0"),
+        ("steps", "21", "must be at most T = 20"),
+        ("sampler", "dpm_solver_2m", "did you mean 'dpm_solver'"),
+        ("grid", "karas", "did you mean 'karras'"),
+        ("churn_range", "(3,1)", "0 <= least < most"),
+    ],
+)
+def test_settings_of_samplers_that_are_wrong(trained, key, value, said):
+    before = sorted(trained.rglob("*"))
+    found = run(command(trained, "--mode=sample", **{f"sampling__{key}": value}))
+    assert found.returncode == 2
+    assert said in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
+    assert sorted(trained.rglob("*")) == before
