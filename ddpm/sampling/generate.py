@@ -20,14 +20,15 @@ from ddpm.sampling.samplers import Sampler, times
 class Generator:
     """Samples of one model. Compiled once: the last, partial batch is drawn whole and cut.
 
-    `make_denoiser` closes over the weights: params -> Denoiser. `sharding` splits a batch over
-    devices, whose number must divide `batch_size`.
+    `make_denoiser` closes over the weights and, where samples are of different classes, say, over
+    which they are: (params, numbers of the samples int[B]) -> Denoiser. `sharding` splits a batch
+    over devices, whose number must divide `batch_size`.
     """
 
     def __init__(
         self,
         schedule: NoiseSchedule,
-        make_denoiser: Callable[[Any], Denoiser],
+        make_denoiser: Callable[[Any, jax.Array], Denoiser],
         sampler: Sampler,
         image_shape: tuple[int, int, int],
         *,
@@ -42,12 +43,13 @@ class Generator:
             if sharding is not None:
                 indices = jax.lax.with_sharding_constraint(indices, sharding)
             keys = sample_keys(jax.random.key(seed), indices)
-            x_0 = sample(keys, schedule, make_denoiser(params), shape, sampler=sampler)
+            denoiser = make_denoiser(params, indices)
+            x_0 = sample(keys, schedule, denoiser, shape, sampler=sampler)
             return to_uint8(x_0), jnp.isfinite(x_0).all()
 
         def draw_chain(params: Any, keys: jax.Array, snapshots: int) -> jax.Array:
             few = (len(keys), *image_shape)
-            denoiser = make_denoiser(params)
+            denoiser = make_denoiser(params, jnp.arange(len(keys)))
             chain = sample_chain(
                 keys, schedule, denoiser, few, sampler=sampler, snapshots=snapshots
             )
@@ -55,17 +57,22 @@ class Generator:
 
         def draw_predicted(params: Any, keys: jax.Array, snapshots: int) -> jax.Array:
             few = (len(keys), *image_shape)
+            denoiser = make_denoiser(params, jnp.arange(len(keys)))
             chain = sample_chain(
-                keys, schedule, make_denoiser(params), few, sampler=sampler, snapshots=snapshots
+                keys, schedule, denoiser, few, sampler=sampler, snapshots=snapshots
             )
             return to_uint8(chain.predicted_x_0)
 
         def draw_sharing(params: Any, keys: jax.Array, above: Any, below: Any) -> jax.Array:
-            few, denoiser = (len(keys), *image_shape), make_denoiser(params)
+            few, denoiser = (
+                (len(keys), *image_shape),
+                make_denoiser(params, jnp.zeros(len(keys), int)),
+            )
             # One chain down to t, and as many as there are keys from there.
             first, one = keys[:1], (1, *image_shape)
             if len(above) > 1:
-                x_t = sample(first, schedule, denoiser, one, sampler=sampler, times=np.array(above))
+                alone = make_denoiser(params, jnp.zeros(1, int))
+                x_t = sample(first, schedule, alone, one, sampler=sampler, times=np.array(above))
             else:
                 x_t = normal(first, above[0], image_shape)
             x_t = jnp.broadcast_to(x_t, few)
@@ -111,6 +118,8 @@ class Generator:
 
     def sharing(self, params: Any, num_samples: int, *, seed: int, t: int) -> np.ndarray:
         """Samples whose chains are one until x_t (Figure 7): uint8[num_samples, H, W, C].
+
+        All are of what sample 0 is of.
 
         t must be a time of the sampler above 0.
         """
