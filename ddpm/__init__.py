@@ -7,9 +7,11 @@ x_t = ddpm.q_sample(schedule, x_0, t, eps)
 from ddpm.diffusion import flow, gaussian, likelihood, losses, predictions, schedules, timesteps
 from ddpm.diffusion.gaussian import Gaussian, fixed_large, fixed_small, q_posterior, q_sample
 from ddpm.diffusion.keys import sample_keys
-from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser
+from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser, thresholded
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.models.unet import UNet
+from ddpm.sampling import guidance
+from ddpm.sampling.guidance import classifier_free, classifier_guided
 from ddpm.sampling.sample import Chain, sample, sample_chain
 from ddpm.sampling.samplers import Sampler, ancestral, ddim
 
@@ -22,6 +24,8 @@ __all__ = [
     "Sampler",
     "UNet",
     "ancestral",
+    "classifier_free",
+    "classifier_guided",
     "clipped",
     "ddim",
     "denoiser",
@@ -29,6 +33,7 @@ __all__ = [
     "fixed_small",
     "flow",
     "gaussian",
+    "guidance",
     "likelihood",
     "losses",
     "predictions",
@@ -38,5 +43,6 @@ __all__ = [
     "sample_chain",
     "sample_keys",
     "schedules",
+    "thresholded",
     "timesteps",
 ]

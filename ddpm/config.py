@@ -79,6 +79,7 @@ def default() -> ConfigDict:
     config.model.symmetric_downsampling = False
     config.model.cosines_first = False  # in the time embedding
     config.model.frequency_shift = 1  # of its frequencies
+    config.model.num_classes = 0  # of the data's labels, to learn each; 0: without labels
 
     config.diffusion = ConfigDict()
     config.diffusion.schedule = "linear"
@@ -94,6 +95,7 @@ def default() -> ConfigDict:
     config.training.warmup_steps = 5000
     config.training.grad_clip = 1.0  # norm of the whole gradient; 0: not clipped
     config.training.ema_decay = 0.9999
+    config.training.label_dropout = 0.1  # share of labels that are left out, for guidance
     config.training.log_every = 100
     config.training.sample_every = 50_000  # a grid of samples; 0: at the end only
     config.training.checkpoint_every = 5000
@@ -120,6 +122,12 @@ def default() -> ConfigDict:
     config.sampling.rho = 7.0  # of karras
     config.sampling.times = ()  # from T to 0, in place of steps and grid
     config.sampling.clip = True  # x_0 to [-1, 1] at every step
+    config.sampling.dynamic_threshold = 0.0  # of clip: by this quantile, 0.995; 0: by 1
+    config.sampling.label = -1  # one class for all; -1: sample i is of class i mod num_classes
+    config.sampling.guidance_scale = 1.0  # classifier-free; 1: unguided
+    config.sampling.guidance_interval = ()  # (lo, hi] in sigma/alpha to guide in; (): everywhere
+    config.sampling.guidance_rescale = 0.0  # to the spread of the unguided; 1: wholly
+    config.sampling.classifier_scale = 0.0  # by the data's shipped classifier; 0: unguided
     config.sampling.ema = True  # the averaged weights, not the last ones
     config.sampling.num_samples = 64
     config.sampling.batch_size = 64
@@ -188,6 +196,43 @@ def validate(config: Mapping[str, Any]) -> None:
         raise InputError("config.sampling.times goes without sampling.steps and sampling.grid")
 
 
+def check_steering(config: Mapping[str, Any]) -> None:
+    """Raises InputError for labels, or guidance, that the model of this config cannot have."""
+    s, classes = config["sampling"], config["model"]["num_classes"]
+    label, scale = s["label"], s["guidance_scale"]
+    without = "the model has no labels (config.model.num_classes = 0)"
+    if not classes and scale != 1:
+        raise InputError(
+            f"config.sampling.guidance_scale = {scale}: {without}: leave it at 1.0, or see "
+            "config.sampling.classifier_scale"
+        )
+    if not classes and label >= 0 and not s["classifier_scale"]:
+        raise InputError(
+            f"config.sampling.label = {label}: {without}: leave it at -1, or set "
+            "config.sampling.classifier_scale"
+        )
+    if classes and label >= classes:
+        raise InputError(
+            f"config.sampling.label = {label}: must be -1 or in 0..{classes - 1} "
+            f"(config.model.num_classes = {classes})"
+        )
+    if scale != 1 and config["training"]["label_dropout"] == 0:
+        raise InputError(
+            f"config.sampling.guidance_scale = {scale}: config.training.label_dropout = 0, so the "
+            "model never learns to do without a label; leave the scale at 1.0"
+        )
+    if s["classifier_scale"] and label < 0:
+        raise InputError(
+            f"config.sampling.classifier_scale = {s['classifier_scale']}: say towards which class, "
+            "with config.sampling.label"
+        )
+    if s["dynamic_threshold"] and not s["clip"]:
+        raise InputError(
+            f"config.sampling.dynamic_threshold = {s['dynamic_threshold']}: goes with "
+            "config.sampling.clip = True"
+        )
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'a': {'b': 1}} as {'a.b': 1}."""
     flat: dict[str, Any] = {}
@@ -240,6 +285,12 @@ def _seeds(v: Any) -> bool:
     return bool(v) and whole and len(set(v)) == len(v)
 
 
+def _interval(v: Any) -> bool:
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in v)
+    return not v or (len(v) == 2 and numbers and 0 <= v[0] < v[1])
+
+
+_FINITE = (lambda v: abs(v) < float("inf"), "a finite number")
 _POSITIVE = (lambda v: 0 < v < float("inf"), "a number > 0")
 _FRACTION = (lambda v: 0 <= v < 1, "in [0, 1)")
 _RULES: dict[str, tuple[Any, str]] = {
@@ -258,6 +309,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "model.norm_epsilon": _POSITIVE,
     "model.head_channels": _whole(0),
     "model.frequency_shift": (lambda v: v in (0, 1), "0 or 1"),
+    "model.num_classes": _whole(0),
     "diffusion.num_steps": _whole(1),
     "diffusion.beta_start": (lambda v: 0 < v < 1, "in (0, 1)"),
     "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),
@@ -267,6 +319,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "training.warmup_steps": _whole(0),
     "training.grad_clip": (lambda v: 0 <= v < float("inf"), "a number >= 0"),
     "training.ema_decay": _FRACTION,
+    "training.label_dropout": _FRACTION,
     "training.log_every": _whole(1),
     "training.sample_every": _whole(0),
     "training.checkpoint_every": _whole(1),
@@ -292,6 +345,12 @@ _RULES: dict[str, tuple[Any, str]] = {
     "comparison.steps": (lambda v: v and _sizes(v), "a tuple of whole numbers > 0"),
     "comparison.num_samples": _whole(10),
     "comparison.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
+    "sampling.dynamic_threshold": (lambda v: 0 <= v <= 1, "0 or a quantile in (0, 1]"),
+    "sampling.label": _whole(-1),
+    "sampling.guidance_scale": _FINITE,
+    "sampling.guidance_interval": (_interval, "() or (lo, hi) with 0 <= lo < hi, in sigma/alpha"),
+    "sampling.guidance_rescale": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "sampling.classifier_scale": _FINITE,
     "sampling.num_samples": _whole(1),
     "sampling.batch_size": _whole(1),
     "sampling.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ddpm.config import default, flatten, to_json, validate
+from ddpm.config import check_steering, default, flatten, to_json, validate
 from ddpm.data import sources
 from ddpm.data.folders import folder
 from ddpm.data.sources import Source
@@ -21,13 +21,15 @@ from ddpm.diffusion import schedules
 from ddpm.diffusion.analytic import analytic
 from ddpm.diffusion.gaussian import fixed_large, fixed_small
 from ddpm.diffusion.likelihood import ReverseVariance
-from ddpm.diffusion.predictions import Denoiser, clipped, denoiser
+from ddpm.diffusion.predictions import Denoiser, clipped, denoiser, thresholded
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import InputError, first_line
+from ddpm.evaluation.classifier import log_probability
 from ddpm.models.unet import UNet
 from ddpm.sampling import grids, langevin, samplers, solvers
 from ddpm.sampling.adaptive import probability_flow
 from ddpm.sampling.generate import Generator
+from ddpm.sampling.guidance import classifier_free, classifier_guided, of_x_0
 from ddpm.sampling.sample import check_times
 from ddpm.sampling.samplers import Sampler
 from ddpm.training import sharding
@@ -126,25 +128,53 @@ class Experiment(NamedTuple):
         except ValueError as error:
             raise InputError(f"config.sampling: {error}") from error
 
-    def unclipped_denoiser(self, params: Any) -> Denoiser:
-        """The network at these weights without dropout."""
+    def unclipped_denoiser(self, params: Any, label: jax.Array | None = None) -> Denoiser:
+        """The network at these weights without dropout; with labels int[B], if it knows any."""
 
         def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
-            return jnp.asarray(self.model.apply({"params": params}, x_t, t))
+            return jnp.asarray(self.model.apply({"params": params}, x_t, t, label))
 
         return denoiser(self.schedule, network)
 
     def denoiser(self, params: Any) -> Denoiser:
-        """The same, clipped where the config says so."""
+        """The same without label, clipped where the config says so: what the bound is of."""
         denoise = self.unclipped_denoiser(params)
         return clipped(self.schedule, denoise) if self.config.sampling.clip else denoise
+
+    def steered_denoiser(self, params: Any, indices: jax.Array) -> Denoiser:
+        """What samples are drawn by: of a class, guided and clipped as config.sampling says.
+
+        `indices` [B] number the samples: of a model with labels, sample i is of class
+        i mod num_classes, or all are of config.sampling.label.
+        """
+        s, classes, schedule = self.config.sampling, self.config.model.num_classes, self.schedule
+        denoise = unlabelled = self.unclipped_denoiser(params)
+        if classes:
+            label = indices % classes if s.label < 0 else jnp.full_like(indices, s.label)
+            denoise = self.unclipped_denoiser(params, label)
+        if s.guidance_scale != 1:
+            interval = tuple(s.guidance_interval) or None
+            denoise = classifier_free(
+                schedule,
+                denoise,
+                unlabelled,
+                s.guidance_scale,
+                interval=interval,
+                rescale=s.guidance_rescale,
+            )
+        if s.classifier_scale:
+            judge = of_x_0(denoise, classifier(self.config, self.image_shape))
+            denoise = classifier_guided(schedule, denoise, judge, s.classifier_scale)
+        if s.dynamic_threshold:
+            return thresholded(schedule, denoise, s.dynamic_threshold)
+        return clipped(schedule, denoise) if s.clip else denoise
 
     def generator(self, mesh: Mesh, *, batch_size: int) -> Generator:
         """Samples by the config's sampler; the batch size is rounded up to the devices' number."""
         devices = mesh.devices.size
         return Generator(
             self.schedule,
-            self.denoiser,
+            self.steered_denoiser,
             self.sampler,
             self.image_shape,
             times=self.times,
@@ -156,6 +186,7 @@ class Experiment(NamedTuple):
 def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
     """All objects of a config for images of this shape; InputError for what does not fit."""
     validate(config)
+    check_steering(config)
     t, m = config.training, config.model
     model = UNet(
         channels=m.channels,
@@ -170,8 +201,11 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
         symmetric_downsampling=m.symmetric_downsampling,
         cosines_first=m.cosines_first,
         frequency_shift=m.frequency_shift,
+        num_classes=m.num_classes,
     )
     check_model(model, image_shape)
+    if config.sampling.classifier_scale:
+        classifier(config, image_shape)
     optimizer = adam(t.learning_rate, warmup_steps=t.warmup_steps, grad_clip=t.grad_clip)
     built = Experiment(config, noise_schedule(config), model, optimizer, image_shape)
     _ = built.times  # refused now, if at all
@@ -237,6 +271,29 @@ def sampler_name(config: ConfigDict, schedule: NoiseSchedule) -> str:
     if s.corrector_steps:
         parts.append(f"corrected{s.corrector_steps}x{s.corrector_snr:g}")
     return "_".join(parts)
+
+
+def classifier(
+    config: ConfigDict, image_shape: tuple[int, int, int]
+) -> Callable[[jax.Array], jax.Array]:
+    """log p(config.sampling.label | x_0), nats, by the classifier of the data, if there is one."""
+    try:
+        return log_probability(config.data.name, image_shape, config.sampling.label)
+    except InputError as error:
+        raise InputError(
+            f"config.sampling.classifier_scale = {config.sampling.classifier_scale}: {error}"
+        ) from error
+
+
+def check_labels(config: ConfigDict, source: Source) -> None:
+    """InputError for a model with labels on data without, or with another number of classes."""
+    wanted, there = config.model.num_classes, source.num_classes
+    if wanted and wanted != there:
+        has = "no labels" if there is None else f"{there} classes"
+        raise InputError(
+            f"config.model.num_classes = {wanted}: the data set {config.data.name!r} has {has}; "
+            f"set it to {there or 0}" + (", or to 0 to learn without labels" if there else "")
+        )
 
 
 def check_model(model: UNet, image_shape: tuple[int, int, int]) -> Any:

@@ -66,6 +66,25 @@ def clipped(
     return clip
 
 
+def thresholded(schedule: NoiseSchedule, denoise: Denoiser, percentile: float = 0.995) -> Denoiser:
+    """Dynamic thresholding (Saharia et al. 2022, Section 2.3), in the place of `clipped`.
+
+    Where s, the quantile of |x_0| in a sample, is above 1, x_0 is clipped to [-s, s] and divided by
+    s; elsewhere to [-1, 1]. eps is derived anew. Raises ValueError unless 0 < percentile <= 1.
+    """
+    if not 0 < percentile <= 1:
+        raise ValueError(f"percentile = {percentile}: must be in (0, 1], 0.995 say")
+
+    def threshold(x_t: jax.Array, t: jax.Array) -> Prediction:
+        prediction = denoise(x_t, t)
+        sizes = jnp.abs(prediction.x_0).reshape(x_t.shape[0], -1)
+        s = lift(jnp.maximum(jnp.quantile(sizes, percentile, axis=1), 1.0), x_t)
+        x_0 = jnp.clip(prediction.x_0, -s, s) / s
+        return from_x_0(schedule, x_t, t, x_0)._replace(log_variance=prediction.log_variance)
+
+    return threshold
+
+
 def from_eps(schedule: NoiseSchedule, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> Prediction:
     """x_0 = (x_t - sigma_t eps) / alpha_t; not defined where alpha_t = 0."""
     same_shape(x_t=x_t, eps=eps)

@@ -1,14 +1,17 @@
 """The shipped classifiers of small grey images: their weights, checked by their hash."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load
 
 from ddpm.errors import InputError
+from ddpm.models.classifier import Classifier
 
 FOLDER = Path(__file__).with_name("classifiers")
 
@@ -53,6 +56,34 @@ def load_classifier(name: str, folder: Path = FOLDER) -> Any:
             f"{path}: not the file that was shipped (its sha256 differs); install ddpm anew"
         )
     return unflatten_dict({tuple(k.split(".")): v for k, v in load(data).items()})
+
+
+def log_probability(
+    name: str, image_shape: tuple[int, int, int], label: int
+) -> Callable[[jax.Array], jax.Array]:
+    """log p(label | x_0) in nats by a shipped classifier: x_0 [B, H, W, C] in [-1, 1] -> [B].
+
+    Raises InputError for a name, a shape of images or a label that it does not know.
+    """
+    params, shipped = load_classifier(name), SHIPPED.get(name)
+    assert shipped is not None
+    if image_shape != shipped.image_shape:
+        raise InputError(
+            f"the classifier {name!r} is for images of {shipped.image_shape}, these are "
+            f"{image_shape} (height, width, channels)"
+        )
+    if not 0 <= label < len(shipped.classes):
+        raise InputError(
+            f"the classifier {name!r} knows no class {label}: must be in "
+            f"0..{len(shipped.classes) - 1}"
+        )
+    model = Classifier(len(shipped.classes))
+
+    def apply(x_0: jax.Array) -> jax.Array:
+        found: Any = model.apply({"params": params}, x_0)
+        return jax.nn.log_softmax(found.logits)[:, label]
+
+    return apply
 
 
 def flat(params: Any) -> dict[str, np.ndarray]:

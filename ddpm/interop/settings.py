@@ -29,6 +29,7 @@ _UNET_DEFAULTS: dict[str, Any] = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "dropout": 0.0,
+    "num_class_embeds": None,
 }
 # The values that the UNet has without a setting for them.
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
@@ -42,7 +43,6 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "resnet_time_scale_shift": ("default",),
     "add_attention": (True,),
     "class_embed_type": (None,),
-    "num_class_embeds": (None,),
 }
 # Of no consequence: of the schedule, and of a training script's moving average.
 _UNET_OTHER = ("num_train_timesteps", "decay", "min_decay", "optimization_step",
@@ -123,6 +123,9 @@ def model_settings(unet: Mapping[str, Any], path: object) -> ModelSettings:
     with_attention = {channels[-1], *(n for n, a in zip(channels, attends, strict=True) if a)}
     if heads is not None and (not whole(heads) or any(n % heads for n in with_attention)):
         raise refuse("attention_head_dim", f"null or a divisor of {sorted(with_attention)}")
+    labels = c["num_class_embeds"]
+    if labels is not None and not (whole(labels) and labels > 1):
+        raise refuse("num_class_embeds", "null, or the number of classes and one for no label")
     model = {
         "channels": channels[0],
         "channel_multipliers": tuple(n // channels[0] for n in channels),
@@ -134,6 +137,7 @@ def model_settings(unet: Mapping[str, Any], path: object) -> ModelSettings:
         "symmetric_downsampling": c["downsample_padding"] == 1,
         "cosines_first": c["flip_sin_to_cos"],
         "frequency_shift": int(c["freq_shift"]),
+        "num_classes": 0 if labels is None else labels - 1,
     }
     return ModelSettings(model, (*sizes, c["in_channels"]))
 
@@ -204,6 +208,7 @@ def to_unet_config(config: ConfigDict, image_shape: tuple[int, int, int]) -> dic
         "flip_sin_to_cos": m.cosines_first,
         "freq_shift": m.frequency_shift,
         "dropout": m.dropout,
+        "num_class_embeds": m.num_classes + 1 if m.num_classes else None,
         **{key: allowed[0] for key, allowed in _UNET_FIXED.items()},
     }
 

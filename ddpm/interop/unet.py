@@ -33,6 +33,7 @@ def diffusers_name(layer: str, levels: int, attention: str = "new") -> str:
     outside = {
         "time_1": "time_embedding.linear_1",
         "time_2": "time_embedding.linear_2",
+        "label": "class_embedding",
         "norm_out": "conv_norm_out",
         "middle_0": "mid_block.resnets.0",
         "middle_attention": "mid_block.attentions.0",
@@ -89,15 +90,15 @@ def to_params(tensors: Tensors, shapes: Any, path: object) -> Any:
     found = {}
     for name, place in places.items():
         x, shape = tensors[name], flat[place].shape
-        if not jnp.issubdtype(x.dtype, jnp.floating) or _taken(x, shape).shape != shape:
-            wanted = list(_given(np.empty(shape, np.float32), _is_convolution(place)).shape)
+        if not jnp.issubdtype(x.dtype, jnp.floating) or _taken(x, place, shape).shape != shape:
+            wanted = list(_given(np.empty(shape, np.float32), place).shape)
             raise InputError(
                 f"{path}: {name} is {x.dtype}{list(x.shape)}, for these settings it must be of "
                 f"{wanted}"
             )
         if not np.isfinite(x).all():
             raise InputError(f"{path}: {name} holds values that are not finite")
-        found[place] = np.ascontiguousarray(_taken(x, shape), np.float32)
+        found[place] = np.ascontiguousarray(_taken(x, place, shape), np.float32)
     return unflatten_dict(found)
 
 
@@ -105,9 +106,7 @@ def to_tensors(params: Any) -> Tensors:
     """The UNet's parameters as `diffusers` names and turns them, float32."""
     flat = flatten_dict(params)
     return {
-        name: np.ascontiguousarray(
-            _given(np.asarray(flat[place], np.float32), _is_convolution(place))
-        )
+        name: np.ascontiguousarray(_given(np.asarray(flat[place], np.float32), place))
         for name, place in _places(params, diffusers_name).items()
     }
 
@@ -129,25 +128,25 @@ def _places(params: Any, names: Names) -> dict[str, tuple[str, ...]]:
     """Where each tensor stands in our tree, in the order of their names."""
     flat = flatten_dict(params)
     levels = 1 + max(int(p[0].split("_")[1]) for p in flat if re.match(r"down_\d", p[0]))
-    leaves = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+    leaves = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
     found = {f"{names('/'.join(p[:-1]), levels)}.{leaves[p[-1]]}": p for p in flat}
     return {name: found[name] for name in sorted(found)}
 
 
-def _is_convolution(place: tuple[str, ...]) -> bool:
-    """Of the dense kernels, those that are 1x1 convolutions for `diffusers`."""
-    return place[-2:] == ("shortcut", "kernel")
-
-
-def _taken(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """From PyTorch's order of axes to ours: OIHW to HWIO, [out, in] and 1x1 to [in, out]."""
+def _taken(x: np.ndarray, place: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """From PyTorch's order of axes to ours: OIHW to HWIO, [out, in] and 1x1 to [in, out]; a table
+    of labels as it is."""
+    if place[-1] == "embedding":
+        return x
     if x.ndim == 4 and len(shape) == 2 and x.shape[2:] == (1, 1):
         return x[:, :, 0, 0].T
     return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
 
 
-def _given(x: np.ndarray, convolution: bool) -> np.ndarray:
+def _given(x: np.ndarray, place: tuple[str, ...]) -> np.ndarray:
     """The way back."""
-    if convolution:
+    if place[-1] == "embedding":
+        return x
+    if place[-2:] == ("shortcut", "kernel"):  # a 1x1 convolution for `diffusers`
         return x.T[:, :, None, None]
     return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T

@@ -1,7 +1,7 @@
-"""The paper's UNet (Appendix B): (x [B, H, W, C], t int[B]) -> array in the shape of x.
+"""The paper's UNet (Appendix B): (x [B, H, W, C], t int[B], label) -> array in the shape of x.
 
 With the settings of the paper it has 35,746,307 parameters for CIFAR-10 and 113,673,219 at 256x256.
-Its last five settings are those in which networks trained by others differ (`ddpm.interop`).
+Its last settings but one are those in which networks trained by others differ (`ddpm.interop`).
 """
 
 import functools
@@ -106,6 +106,22 @@ def time_embedding(
     return jnp.pad(sinusoids, ((0, 0), (0, dimension % 2)))
 
 
+class LabelEmbedding(nn.Module):
+    """A learned vector for each of `num_labels`: int[B] -> [B, features]; NaN for other labels."""
+
+    num_labels: int
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, label: jax.Array) -> jax.Array:
+        shape = (self.num_labels, self.features)
+        table = jnp.asarray(self.param("embedding", nn.initializers.normal(0.02), shape))
+        # JAX's defaults, to clamp and to wrap, would take a wrong label for another class.
+        found = table.at[label].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return found.astype(self.dtype)
+
+
 class ResBlock(nn.Module):
     """Norm, swish, conv, + time; norm, swish, dropout, conv; plus the input, by 1x1 if it must."""
 
@@ -184,6 +200,8 @@ class UNet(nn.Module):
       symmetric_downsampling: whether halving pads one pixel on all sides, not at the bottom and
         right only.
       cosines_first, frequency_shift: of the time embedding.
+      num_classes: of labels, each a learned vector that is added to the time embedding, and one
+        more for no label; 0: the network takes none.
     """
 
     channels: int = 128
@@ -199,11 +217,16 @@ class UNet(nn.Module):
     symmetric_downsampling: bool = False
     cosines_first: bool = False
     frequency_shift: int = 1
+    num_classes: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, t: jax.Array, label: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
         """x [B, H, W, C], t [B] (the paper's 1..T; or one for all) -> [B, H, W, out_channels].
 
+        label int[B] (or one for all) in 0..num_classes, of which num_classes is 'no label', as is
+        None; NaN for any other. ValueError for labels where num_classes is 0.
         Raises ValueError for x that is not [B, H, W, C], a size that cannot be halved, an attention
         resolution never reached, or channels that do not divide into groups or heads. train=True
         needs rngs={"dropout": key}.
@@ -222,6 +245,13 @@ class UNet(nn.Module):
         )
         embedding = dense(4 * self.channels, "time_1", dtype=self.dtype)(embedding)
         embedding = dense(4 * self.channels, "time_2", dtype=self.dtype)(nn.swish(embedding))
+        if self.num_classes:
+            known = jnp.broadcast_to(self.num_classes if label is None else label, x.shape[:1])
+            embedding += LabelEmbedding(
+                self.num_classes + 1, 4 * self.channels, self.dtype, name="label"
+            )(known)
+        elif label is not None:
+            raise ValueError("a network without classes (num_classes = 0) takes no label")
 
         def res_block(h: jax.Array, channels: int, name: str) -> jax.Array:
             options = (self.dropout, self.num_groups, self.dtype, self.norm_epsilon)

@@ -49,7 +49,23 @@ class Run(NamedTuple):
         how = experiment.sampler_name(self.built.config, self.built.schedule)
         raw = self.step is not None and not s.ema
         other = ("_raw" if raw else "") + ("" if s.clip else "_unclipped")
-        return f"{self.tag}_{how}_seed{seed}_n{num_samples}{other}"
+        return f"{self.tag}_{how}{steering_name(s)}_seed{seed}_n{num_samples}{other}"
+
+
+def steering_name(s: ConfigDict) -> str:
+    """Of the settings of config.sampling that steer samples, in file names; '' for none."""
+    parts = [f"label{s.label}"] if s.label >= 0 else []
+    if s.guidance_scale != 1:
+        parts.append(f"guided{s.guidance_scale:.9g}")
+        if s.guidance_interval:
+            parts.append("from{:.9g}to{:.9g}".format(*s.guidance_interval))
+        if s.guidance_rescale:
+            parts.append(f"rescaled{s.guidance_rescale:.9g}")
+    if s.classifier_scale:
+        parts.append(f"classifier{s.classifier_scale:.9g}")
+    if s.dynamic_threshold:
+        parts.append(f"threshold{s.dynamic_threshold:.9g}")
+    return "".join(f"_{part}" for part in parts)
 
 
 def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") -> Run:
@@ -117,10 +133,14 @@ def with_variance(run: Run, workdir: Path) -> Run:
     say(f"measuring the optimal variance on {len(places)} images, once ..")
     # Of one key for all, and not of the sampling seed: it belongs to the run.
     key, schedule = jax.random.key(config.seed), run.built.schedule
+    examples = source.read(places)
+    label = examples.label if config.model.num_classes else None
     measure = jax.jit(
-        lambda params, x: second_moments(schedule, run.built.unclipped_denoiser(params), x, key)
+        lambda params, x, label: second_moments(
+            schedule, run.built.unclipped_denoiser(params, label), x, key
+        )
     )
-    moments = np.asarray(measure(run.params, to_float(source.read(places).image)))
+    moments = np.asarray(measure(run.params, to_float(examples.image), label))
     if not np.isfinite(moments).all():
         raise InputError("the model's predictions are not finite: try an earlier checkpoint")
 

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm import experiment
-from ddpm.config import to_json
+from ddpm.config import check_steering, to_json
 from ddpm.data import pipeline
 from ddpm.data.sources import Source
 from ddpm.errors import InputError
@@ -42,8 +42,10 @@ def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     given = weights.load(init_from, config) if init_from else None
     if given is not None:
         config = given.config
+    check_steering(config)
     check_run(config, workdir)  # first of all: preparing a data set may take an hour
     source = experiment.source(config)
+    experiment.check_labels(config, source)
     built = experiment.build(config, source.image_shape)
     _ = built.sampler  # refused now, if at all, not when the first samples are due
     check_run(config, workdir, source)
@@ -83,15 +85,21 @@ def _train(
     metrics = no_metrics()
     train_step = jax.jit(
         make_train_step(
-            built.model, built.schedule, optimizer, ema_decay=training.ema_decay, seed=config.seed
+            built.model,
+            built.schedule,
+            optimizer,
+            ema_decay=training.ema_decay,
+            seed=config.seed,
+            num_classes=config.model.num_classes,
+            label_dropout=training.label_dropout,
         ),
-        in_shardings=(everywhere, everywhere, split),
+        in_shardings=(everywhere, everywhere, split, split),
         out_shardings=everywhere,
         donate_argnums=(0, 1),
     )
     generator = built.generator(mesh, batch_size=config.sampling.batch_size)
 
-    def batch(step: int) -> jax.Array:
+    def batch(step: int) -> tuple[jax.Array, jax.Array | None]:
         part = pipeline.train_batch(
             source,
             config.seed,
@@ -101,7 +109,11 @@ def _train(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        return sharding.to_devices(mesh, part.image)
+        images = sharding.to_devices(mesh, part.image)
+        if not config.model.num_classes:
+            return images, None
+        assert part.label is not None  # of check_labels
+        return images, sharding.to_devices(mesh, part.label)
 
     step = int(state.step)
     logbook = Logbook(workdir, step=step, steps=training.steps)
@@ -142,8 +154,8 @@ def _train(
     first, began = step, time.perf_counter()
     try:
         with StopSignal() as stop:
-            for images in pipeline.prefetch(batch, step, training.steps):
-                state, metrics = train_step(state, metrics, images)
+            for images, labels in pipeline.prefetch(batch, step, training.steps):
+                state, metrics = train_step(state, metrics, images, labels)
                 step += 1
                 logbook.advance()
                 if step == first + 1:

@@ -21,15 +21,16 @@ from ddpm.sampling.samplers import Sampler
 class Generator:
     """Samples of one model. Compiled once: the last, partial batch is drawn whole and cut.
 
-    `make_denoiser` closes over the weights: params -> Denoiser. `times` are the sampler's own if
-    left out. `sharding` splits a batch over devices, whose number must divide `batch_size`.
+    `make_denoiser` closes over the weights and, where samples are of different classes, say, over
+    which they are: (params, numbers of the samples int[B]) -> Denoiser. `times` are the sampler's
+    own if left out. `sharding` splits a batch over devices, whose number must divide `batch_size`.
     `evaluations` is how often the last batch called the denoiser.
     """
 
     def __init__(
         self,
         schedule: NoiseSchedule,
-        make_denoiser: Callable[[Any], Denoiser],
+        make_denoiser: Callable[[Any, jax.Array], Denoiser],
         sampler: Sampler,
         image_shape: tuple[int, int, int],
         *,
@@ -50,30 +51,32 @@ class Generator:
             if sharding is not None:
                 indices = jax.lax.with_sharding_constraint(indices, sharding)
             keys = sample_keys(jax.random.key(seed), indices)
-            chain = sample_chain(
-                keys, schedule, make_denoiser(params), shape, snapshots=0, **options
-            )
+            denoiser = make_denoiser(params, indices)
+            chain = sample_chain(keys, schedule, denoiser, shape, snapshots=0, **options)
             return to_uint8(chain.x_0), jnp.isfinite(chain.x_0).all(), chain.evaluations
 
         def draw_chain(params: Any, keys: jax.Array, snapshots: int) -> jax.Array:
             few = (len(keys), *image_shape)
-            denoiser = make_denoiser(params)
+            denoiser = make_denoiser(params, jnp.arange(len(keys)))
             chain = sample_chain(keys, schedule, denoiser, few, snapshots=snapshots, **options)
             return to_uint8(jnp.concatenate([chain.x_t, chain.x_0[None]]))
 
         def draw_predicted(params: Any, keys: jax.Array, snapshots: int) -> jax.Array:
             few = (len(keys), *image_shape)
-            chain = sample_chain(
-                keys, schedule, make_denoiser(params), few, snapshots=snapshots, **options
-            )
+            denoiser = make_denoiser(params, jnp.arange(len(keys)))
+            chain = sample_chain(keys, schedule, denoiser, few, snapshots=snapshots, **options)
             return to_uint8(chain.predicted_x_0)
 
         def draw_sharing(params: Any, keys: jax.Array, above: Any, below: Any) -> jax.Array:
-            few, denoiser = (len(keys), *image_shape), make_denoiser(params)
+            few, denoiser = (
+                (len(keys), *image_shape),
+                make_denoiser(params, jnp.zeros(len(keys), int)),
+            )
             # One chain down to t, and as many as there are keys from there.
             first, one = keys[:1], (1, *image_shape)
             if len(above) > 1:
-                x_t = sample(first, schedule, denoiser, one, sampler=sampler, times=np.array(above))
+                alone = make_denoiser(params, jnp.zeros(1, int))
+                x_t = sample(first, schedule, alone, one, sampler=sampler, times=np.array(above))
             else:
                 x_t = normal(first, above[0], image_shape)
             x_t = jnp.broadcast_to(x_t, few)
@@ -119,6 +122,8 @@ class Generator:
 
     def sharing(self, params: Any, num_samples: int, *, seed: int, t: float) -> np.ndarray:
         """Samples whose chains are one until x_t (Figure 7): uint8[num_samples, H, W, C].
+
+        All are of what sample 0 is of.
 
         t must be one of `times`, above 0.
         """

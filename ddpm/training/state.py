@@ -16,7 +16,7 @@ from ddpm.diffusion.schedules import NoiseSchedule
 NUM_BUCKETS = 10
 # Streams of random numbers, each folded into the root key and then the step into it: nothing is
 # carried over, so that resuming needs nothing saved.
-_INIT, _TIMES, _NOISE, _DROPOUT = range(4)
+_INIT, _TIMES, _NOISE, _DROPOUT, _LABELS = range(5)
 
 
 class TrainState(NamedTuple):
@@ -45,7 +45,7 @@ class Metrics(NamedTuple):
         return cls(scalar, scalar, scalar, buckets, buckets, jnp.full((), -1, jnp.int32))
 
 
-TrainStep = Callable[[TrainState, Metrics, jax.Array], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def adam(
@@ -86,30 +86,42 @@ def make_train_step(
     *,
     ema_decay: float,
     seed: int,
+    num_classes: int = 0,
+    label_dropout: float = 0.0,
 ) -> TrainStep:
-    """The step (state, metrics, images uint8[B, H, W, C]) -> (state, metrics): pure, to be jitted.
+    """The step (state, metrics, images uint8[B, H, W, C], labels int[B] or None) -> (state,
+    metrics): pure, to be jitted.
 
-    Algorithm 1: L_simple at uniform t; dropout on, nothing clipped but the gradient.
+    Algorithm 1: L_simple at uniform t; dropout on, nothing clipped but the gradient. Each label is
+    replaced by num_classes, 'no label', with probability `label_dropout` (Ho & Salimans 2022).
     """
     root = jax.random.key(seed)
 
-    def loss_fn(params: Any, x_0: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
+    def loss_fn(
+        params: Any, x_0: jax.Array, labels: jax.Array | None, step: jax.Array
+    ) -> tuple[jax.Array, Any]:
         stream = lambda s: jax.random.fold_in(jax.random.fold_in(root, s), step)  # noqa: E731
         t = timesteps.uniform(schedule, stream(_TIMES), len(x_0))
         eps = jax.random.normal(stream(_NOISE), x_0.shape)
+        conditions: tuple[jax.Array, ...] = ()  # a network without labels need not take any
+        if labels is not None:
+            dropped = jax.random.bernoulli(stream(_LABELS), label_dropout, labels.shape)
+            conditions = (jnp.where(dropped, num_classes, labels),)
 
         def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
             rngs = {"dropout": stream(_DROPOUT)}
-            return jnp.asarray(model.apply({"params": params}, x_t, t, train=True, rngs=rngs))
+            return jnp.asarray(
+                model.apply({"params": params}, x_t, t, *conditions, train=True, rngs=rngs)
+            )
 
         loss = losses.simple(schedule, denoiser(schedule, network), x_0, t, eps)
         return loss.mean(), (loss, t)
 
     def train_step(
-        state: TrainState, metrics: Metrics, images: jax.Array
+        state: TrainState, metrics: Metrics, images: jax.Array, labels: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, per_example), grads = grad_fn(state.params, to_float(images), state.step)
+        (loss, per_example), grads = grad_fn(state.params, to_float(images), labels, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_of_torch
 
@@ -66,6 +66,26 @@ def test_forward_equals_that_of_diffusers(name, tmp_path):
         model = built_of(found).model.clone(norm_epsilon=1e-5)
         wrong = model.apply({"params": found.params}, x, np.asarray(t))
         assert np.abs(wrong - expected).max() > 2e-5
+
+
+def test_labels_are_those_of_diffusers(tmp_path):
+    """Its last one is 'no label', and comes back from an export as it was."""
+    net = make(UNETS["small_theirs"] | {"num_class_embeds": 4})
+    found = weights.load(save(net, tmp_path / "pipeline"))
+    assert found.config.model.num_classes == 3
+    built = built_of(found)
+    x = np.random.default_rng(1).normal(size=(2, *found.image_shape)).astype(np.float32)
+    apply = jax.jit(built.model.apply)
+    for label in ([0, 2], [3, 1]):
+        expected = forward(net, x, [520, 7], label)
+        assert np.abs(expected - forward(net, x, [520, 7], [1, 0])).max() > 1e-2
+        got = apply({"params": found.params}, x, np.array([520, 7]), np.array(label))
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
+    weights.export(tmp_path / "back", built, found.params)
+    back = UNet2DModel.from_pretrained(tmp_path / "back" / "unet")
+    np.testing.assert_array_equal(forward(back, x, [520, 7], [0, 2]),
+                                  forward(net, x, [520, 7], [0, 2]))  # fmt: skip
+    assert weights.load(tmp_path / "back").sha256 == found.sha256
 
 
 def of_full_size(*arguments):
@@ -271,7 +291,8 @@ REFUSED = [
     ("unet/config.json", {"add_attention": False}, "add_attention"),
     ("unet/config.json", {"attn_norm_num_groups": 8}, "attn_norm_num_groups"),
     ("unet/config.json", {"attention_head_dim": 5}, "attention_head_dim = 5"),
-    ("unet/config.json", {"num_class_embeds": 10}, "num_class_embeds"),
+    ("unet/config.json", {"num_class_embeds": 10}, "1 tensors are missing, the first class_emb"),
+    ("unet/config.json", {"num_class_embeds": 1}, "num_class_embeds = 1: must be null, or the num"),
     ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
     ("unet/config.json", {"downsample_type": "resnet"}, "downsample_type"),
     ("unet/config.json", {"upsample_type": "resnet"}, "upsample_type"),

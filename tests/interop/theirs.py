@@ -76,11 +76,12 @@ def save(net, folder, **scheduler):
     return folder
 
 
-def forward(net, x, t):
-    """x [B, H, W, C], t of the paper's index -> [B, H, W, C]."""
+def forward(net, x, t, label=None):
+    """x [B, H, W, C], t of the paper's index, label [B] or None -> [B, H, W, C]."""
+    classes = None if label is None else torch.from_numpy(np.asarray(label))
     x = torch.from_numpy(np.array(x, np.float32).transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
-        out = net(x, torch.from_numpy(np.asarray(t) - 1)).sample
+        out = net(x, torch.from_numpy(np.asarray(t) - 1), classes).sample
     return out.numpy().transpose(0, 2, 3, 1)
 
 

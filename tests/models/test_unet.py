@@ -75,10 +75,12 @@ def sinusoids(t, dimension):
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def forward(model, p, x, t, dropped=False):
+def forward(model, p, x, t, dropped=False, label=None):
     levels, groups = len(model.channel_multipliers), model.num_groups
     embedding = linear(p["time_1"], sinusoids(t, model.channels))
     embedding = linear(p["time_2"], swish(embedding))
+    if label is not None:
+        embedding = embedding + p["label"]["embedding"][label]
 
     def block(name, h):
         h = res_block(p[name], h, embedding, groups, dropped)
@@ -195,6 +197,41 @@ def test_time_and_every_pixel_matter_everywhere():
     corner[:, -1, -1] += 1
     assert (apply(params, corner, t) != plain).all()
     assert (apply(params, x, t - np.array([0, 1, 1]))[1:] != plain[1:]).all()
+
+
+def test_label_is_a_vector_added_to_the_time_embedding():
+    """One for each class, and the last for 'no label', which is what no label means."""
+    plain, params, x, t, unlabelled = network("grey_square")
+    model = plain.copy(num_classes=4)
+    apply = jax.jit(lambda p, label: model.apply({"params": p}, x, t, label))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
+    assert shapes.keys() - params.keys() == {"label"}
+    table = np.float32(np.random.default_rng(1).normal(size=(5, 16)))
+    assert shapes["label"]["embedding"].shape == table.shape
+    params = params | {"label": {"embedding": table}}
+    label = np.array([3, 0, 4])
+    expected = forward(model, jax.tree.map(np.float64, params), np.float64(x), t, label=label)
+    found = apply(params, label)
+    close(found, expected, rtol=1e-3, atol=1e-3 * np.std(expected))
+    without = apply(params, np.array([4, 4, 4]))
+    assert (apply(params, None) == without).all()
+    assert (apply(params, np.array(4)) == without).all()  # one for all
+    assert (without[2] == found[2]).all()
+    assert (without[:2] != found[:2]).any(axis=(1, 2, 3)).all()
+    # The rest is the network without labels.
+    zero = params | {"label": {"embedding": 0 * table}}
+    close(apply(zero, label), unlabelled(zero, x, t), rtol=1e-5, atol=1e-5)
+
+
+def test_a_label_that_is_none_of_them_is_nan_and_never_another():
+    model, params, x, t, _ = network("grey_square")
+    params = params | {"label": {"embedding": np.ones((5, 16), np.float32)}}
+    apply = jax.jit(lambda y: model.copy(num_classes=4).apply({"params": params}, x, t, y))
+    found = np.asarray(apply(np.array([-1, 4, 5])))
+    assert np.isnan(found[[0, 2]]).all()
+    assert np.isfinite(found[1]).all()
+    with pytest.raises(ValueError, match=r"without classes \(num_classes = 0\) takes no label"):
+        model.apply({"params": params}, x, t, np.array([0, 1, 2]))
 
 
 # --- The paper's networks

@@ -1,6 +1,7 @@
 """The Generator: any number of samples from one compiled program, each by its own seed."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,7 +17,7 @@ IMAGE = (4, 3, 2)
 def generator(batch_size, sampler=None, traced=None, **options):
     schedule, exact = pair("linear", 7)
 
-    def make_denoiser(params):
+    def make_denoiser(params, indices):
         if traced is not None:
             traced.append(params)
         return gaussian_denoiser(exact, params, 0.04)
@@ -55,6 +56,29 @@ def test_other_weights_and_seeds_need_no_compilation(of_seven):
     assert (sevens.samples(0.1, 7, seed=6) != of_seven).any()
     assert sevens.samples(0.5, 7, seed=5).mean() > of_seven.mean() + 20
     assert len(traced) == 1
+
+
+def test_the_denoiser_is_told_which_samples_it_is_of(of_seven):
+    """Sample i is of class i mod 2, in whatever batch; those that share a latent of the first's."""
+    schedule, exact = pair("linear", 7)
+
+    def make_denoiser(params, indices):
+        return gaussian_denoiser(exact, jnp.where(indices % 2, 0.7, 0.1)[:, None, None, None], 0.04)
+
+    found = {
+        size: Generator(schedule, make_denoiser, ancestral(), IMAGE, batch_size=size)
+        for size in (7, 3)
+    }
+    images = found[3].samples(None, 7, seed=5)
+    assert (images == found[7].samples(None, 7, seed=5)).all()
+    assert (images[::2] == of_seven[::2]).all()
+    assert (images[1::2].mean(axis=(1, 2, 3)) > of_seven[1::2].mean(axis=(1, 2, 3)) + 40).all()
+    chain = found[7].chain(None, 4, seed=5, snapshots=2)
+    assert (chain[-1] == images[:4]).all()
+    predicted = found[7].progressive(None, 4, seed=5, snapshots=7)[-1]
+    assert np.abs(predicted.astype(float) - images[:4]).max() <= 1
+    shared = found[7].sharing(None, 4, seed=5, t=4)
+    assert (shared == generator(7).sharing(0.1, 4, seed=5, t=4)).all()
 
 
 def test_fewer_samples_than_a_batch(of_seven):

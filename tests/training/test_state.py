@@ -21,6 +21,37 @@ class Constant(nn.Module):
         return jnp.broadcast_to(self.param("c", nn.initializers.ones, ()), x.shape)
 
 
+class ByLabel(nn.Module):
+    """Wrong by 100 where there is no label, and by twice the class where there is one."""
+
+    @nn.compact
+    def __call__(self, x, t, label, *, train=False):
+        c = self.param("c", nn.initializers.zeros, ())
+        wrong = jnp.where(label == CLASSES, 100.0, 2.0 * label)
+        return c + jnp.broadcast_to(wrong[:, None, None, None], x.shape)
+
+
+CLASSES = 3
+
+
+def labelled_loss(dropout, labels, step=0, model=None):
+    """The mean loss of a step on 2000 images of these labels."""
+    state = init(Constant(), adam(0.1), IMAGE, 0)._replace(step=jnp.int32(step))
+    train_step = jax.jit(
+        make_train_step(
+            model or ByLabel(),
+            schedules.linear(100),
+            adam(0.1),
+            ema_decay=0.9,
+            seed=0,
+            num_classes=CLASSES,
+            label_dropout=dropout,
+        )
+    )
+    images = np.full((2000, *IMAGE), 100, np.uint8)
+    return float(train_step(state, Metrics.zero(), images, labels)[1].loss)
+
+
 def run(steps, *, seed=0, ema_decay=0.9, learning_rate=0.1, images=None, model=None, **options):
     model = model or Constant()
     schedule = schedules.linear(100)
@@ -103,3 +134,31 @@ def test_noise_and_times_differ_from_step_to_step():
         _, metrics = train_step(state, Metrics.zero(), np.zeros((8, *IMAGE), np.uint8))
         losses.append(float(metrics.loss))
     assert len(set(losses)) == 3
+
+
+def test_network_is_given_the_labels():
+    for label in (0, 1, 2):
+        # E (c + 2 label - eps)^2 with c = 1, where the constant starts.
+        found = labelled_loss(0.0, np.full(2000, label, np.int32))
+        assert abs(found - (1 + (1 + 2 * label) ** 2)) < 0.3
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_labels_are_dropped_with_their_probability_anew_at_each_step(dropout):
+    labels = np.zeros(2000, np.int32)
+    shares = [labelled_loss(dropout, labels, step) / 101**2 for step in (0, 1)]
+    for share in shares:
+        assert abs(share - dropout) < 4 * (dropout * (1 - dropout) / 2000) ** 0.5
+    assert shares[0] != shares[1]
+
+
+def test_labels_leave_times_and_noise_as_they_were():
+    """A network that makes no use of them learns the same, bit for bit."""
+
+    class Deaf(Constant):
+        @nn.compact
+        def __call__(self, x, t, label=None, *, train=False):
+            return jnp.broadcast_to(self.param("c", nn.initializers.ones, ()), x.shape)
+
+    labels = np.zeros(2000, np.int32)
+    assert labelled_loss(0.3, labels, model=Deaf()) == labelled_loss(0.3, None, model=Deaf())

@@ -75,6 +75,14 @@ def prepare(
                     f"{e.samples}: {len(given)} images, config.evaluation.num_samples asks for "
                     f"{e.num_samples}"
                 )
+    config = run.built.config
+    never = config.model.num_classes and config.training.label_dropout == 0
+    if never and {"bound", "flow"} & set(parts):
+        raise InputError(
+            "the bound and the flow of a model with labels are those without label, which it never "
+            "learned (config.training.label_dropout = 0): leave 'bound' and 'flow' out of "
+            "config.evaluation.parts"
+        )
 
     @functools.cache
     def samples(seed: int) -> np.ndarray:

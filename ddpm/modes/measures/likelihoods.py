@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from ddpm.data.pipeline import to_float
 from ddpm.diffusion import flow
@@ -42,6 +43,7 @@ def bound(job: Job) -> Measured:
     how = "all T terms" if every else f"{e.bound_times} of T terms for each image"
     clip = "x_0 clipped" if config.sampling.clip else "not clipped"
     about = f"{how}; {config.sampling.variance}, {clip}, decoder at least {LEAST_PROBABILITY:g}"
+    about += _unlabelled(config)
     for name, source in job.splits.items():
         parts = batches(job, source, e.bound_images, f"bound, {name}")
         found = bounds.summarise(
@@ -143,6 +145,7 @@ def flow_likelihood(job: Job) -> Measured:
             "trace": trace,
         }
         how = f"{trace}, tolerance {e.flow_tolerance:g}, {np.mean(calls):.0f} evaluations"
+        how += _unlabelled(built.config)
         rows.append((f"flow, {way}", f"{split}, {len(of_images):,} images", _pm(mean), how))
     words = (
         "Bits/dim by the probability-flow ODE between t = 1 and T. With uniform dequantisation the "
@@ -150,6 +153,10 @@ def flow_likelihood(job: Job) -> Measured:
         "the 8-bit data is coded too. Neither is to be mixed with the bound above."
     )
     return Measured("Likelihood by the probability-flow ODE", figures, rows, [report.text(words)])
+
+
+def _unlabelled(config: ConfigDict) -> str:
+    return "; without label" if config.model.num_classes else ""
 
 
 def _pm(estimate: distances.Estimate) -> str:

@@ -1,0 +1,15 @@
+"""The digits by their labels, for samples of a class, with guidance if asked.
+
+python main.py --config=configs/digits_conditional.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits
+
+
+def get_config() -> ConfigDict:
+    """The config."""
+    config = digits.get_config()
+    config.model.num_classes = 10
+    return config

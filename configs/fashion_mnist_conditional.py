@@ -1,0 +1,17 @@
+"""Fashion-MNIST by its labels, for samples of a class, with guidance if asked.
+
+    python main.py --config=configs/fashion_mnist_conditional.py
+
+Not yet run to the end.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import fashion_mnist
+
+
+def get_config() -> ConfigDict:
+    """The config."""
+    config = fashion_mnist.get_config()
+    config.model.num_classes = 10
+    return config
