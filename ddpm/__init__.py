@@ -5,11 +5,19 @@ x_t = ddpm.q_sample(schedule, x_0, t, eps)
 """
 
 from ddpm.diffusion import flow, gaussian, likelihood, losses, predictions, schedules, timesteps
-from ddpm.diffusion.gaussian import Gaussian, fixed_large, fixed_small, q_posterior, q_sample
+from ddpm.diffusion.gaussian import (
+    Gaussian,
+    fixed_large,
+    fixed_small,
+    q_posterior,
+    q_sample,
+    q_step,
+)
 from ddpm.diffusion.keys import sample_keys
 from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.models.unet import UNet
+from ddpm.sampling import editing
 from ddpm.sampling.sample import Chain, sample, sample_chain
 from ddpm.sampling.samplers import Sampler, ancestral, ddim
 
@@ -25,6 +33,7 @@ __all__ = [
     "clipped",
     "ddim",
     "denoiser",
+    "editing",
     "fixed_large",
     "fixed_small",
     "flow",
@@ -34,6 +43,7 @@ __all__ = [
     "predictions",
     "q_posterior",
     "q_sample",
+    "q_step",
     "sample",
     "sample_chain",
     "sample_keys",

@@ -9,12 +9,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ddpm.data.pipeline import to_uint8
-from ddpm.diffusion.keys import normal, sample_keys
+from ddpm.diffusion.keys import sample_keys
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import InputError
+from ddpm.sampling.editing import share
 from ddpm.sampling.sample import sample, sample_chain
-from ddpm.sampling.samplers import Sampler, times
+from ddpm.sampling.samplers import Sampler
 
 
 class Generator:
@@ -60,24 +61,12 @@ class Generator:
             )
             return to_uint8(chain.predicted_x_0)
 
-        def draw_sharing(params: Any, keys: jax.Array, above: Any, below: Any) -> jax.Array:
-            few, denoiser = (len(keys), *image_shape), make_denoiser(params)
-            # One chain down to t, and as many as there are keys from there.
-            first, one = keys[:1], (1, *image_shape)
-            if len(above) > 1:
-                x_t = sample(first, schedule, denoiser, one, sampler=sampler, times=np.array(above))
-            else:
-                x_t = normal(first, above[0], image_shape)
-            x_t = jnp.broadcast_to(x_t, few)
-            return to_uint8(
-                sample(
-                    keys, schedule, denoiser, few, sampler=sampler, times=np.array(below), x_t=x_t
-                )
-            )
+        def draw_sharing(params: Any, keys: jax.Array, t: int) -> jax.Array:
+            few = (len(keys), *image_shape)
+            return to_uint8(share(keys, schedule, make_denoiser(params), few, t, sampler=sampler))
 
-        self._times = tuple(times(schedule.num_steps, sampler.steps).tolist())
         self._draw_predicted = jax.jit(draw_predicted, static_argnums=2)
-        self._draw_sharing = jax.jit(draw_sharing, static_argnums=(2, 3))
+        self._draw_sharing = jax.jit(draw_sharing, static_argnums=2)
         self._draw = jax.jit(draw)
         self._draw_chain = jax.jit(draw_chain, static_argnums=2)
 
@@ -114,10 +103,8 @@ class Generator:
 
         t must be a time of the sampler above 0.
         """
-        place = self._times.index(t)
         keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
-        above, below = self._times[: place + 1], self._times[place:]
-        return np.asarray(self._draw_sharing(params, keys, above, below))
+        return np.asarray(self._draw_sharing(params, keys, t))
 
 
 def _whole(x: jax.Array) -> np.ndarray:
