@@ -202,7 +202,7 @@ def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Any) -> l
     run by an older version, had its default.
     """
     now, before = flatten(to_json(config)), flatten(to_json(default())) | flatten(saved)
-    free = ("sampling.", "evaluation.", "training.steps", "training.log_every",
+    free = ("sampling.", "editing.", "evaluation.", "training.steps", "training.log_every",
             "training.sample_every", "training.checkpoint")  # fmt: skip
     told = ("data.path", "data.broken_images", "model.dtype", "training.learning_rate",
             "training.warmup_steps", "training.grad_clip")  # fmt: skip

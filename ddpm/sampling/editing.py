@@ -130,7 +130,7 @@ def inpaint(
     schedule: NoiseSchedule,
     denoiser: Denoiser,
     x_0: jax.Array,
-    keep: jax.Array,
+    keep: jax.typing.ArrayLike,
     *,
     sampler: Sampler | None = None,
     times: Times | None = None,
@@ -162,7 +162,7 @@ def inpaint(
     )
 
 
-def inpainting(sampler: Sampler, x_0: jax.Array, keep: jax.Array) -> Sampler:
+def inpainting(sampler: Sampler, x_0: jax.Array, keep: jax.typing.ArrayLike) -> Sampler:
     """A sampler of what is not kept of x_0, given the rest; it can go up in time, to try again.
 
     Down to s: q(x_s | x_0) where x_0 is kept, the sampler's step elsewhere; at s = 0 x_0 itself.
