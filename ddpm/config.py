@@ -103,7 +103,7 @@ def default() -> ConfigDict:
     config.editing.jump_length = 10  # of inpaint: how many steps it goes back
     config.editing.resamplings = 10  # and how often it comes by; 1: never goes back
     config.editing.fractions = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-    config.editing.iterations = 10  # of reconstruct, for each step
+    config.editing.iterations = 20  # of reconstruct, for each step
 
     config.evaluation = ConfigDict()
     config.evaluation.parts = PARTS

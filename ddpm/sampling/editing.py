@@ -263,23 +263,25 @@ def invert(
     x_0: jax.Array,
     *,
     times: Times | None = None,
-    iterations: int = 10,
-    variance: float = 0.25,
+    iterations: int = 20,
 ) -> Inversion:
     """The x_T from which `ddim()` over the same times reaches x_0, exact where it converges.
 
-    Each step x_s = ddim(x_t) is solved for x_t. In y = x / alpha and r = sigma / alpha it is
-    y_t = y_s + (r_t - r_s) eps(x_t, t), iterated from the eps of the point before; no iterations
-    is the usual inversion (Song et al. 2021, Section 5.4), right to first order. From s = 0 it is
-    x_t = alpha_t x_0 + sigma_t eps(x_t, t), begun with eps = 0. What is iterated is Newton's method
-    with the slope that eps would have for Gaussian data, which are then solved in one iteration:
-    iterating the map alone stalls at both ends, where its slope nears 1.
+    Each step x_s = ddim(x_t) is solved for x_t by fixed-point iteration, from the eps of the point
+    before; with no iterations that is the usual inversion (Song et al. 2021, Section 5.4), right to
+    first order. The map is, in y = x / alpha and r = sigma / alpha, or where noise prevails in
+    z = x / sigma and q = alpha / sigma,
+
+        y_t = y_s + (r_t - r_s) eps(x_t, t),    z_t = z_s + (q_t - q_s) x_0(x_t, t),
+
+    whichever changes less with x_t; from s = 0 it is x_t = alpha_t x_0 + sigma_t eps(x_t, t), begun
+    with eps = 0. Each example is relaxed by the secant of its last two points (Aitken), and of all
+    points the one that misses x_s least is taken.
 
     Args:
       times: of the chain that is inverted, falling, as `sample` is given them; all T if left out.
       iterations: for each step, which calls the denoiser once more than that. They converge where
-        eps changes little with x_t over a step: a poor network may spoil the first and last steps.
-      variance: of those Gaussian data; 0.25 as in Karras et al. (2022).
+        the prediction changes little with x_t over a step: short steps, a well-trained network.
 
     Raises ValueError for times that do not fall, or no signal at the first of them.
     """
@@ -291,30 +293,47 @@ def invert(
     rising = jnp.asarray(falling[::-1].copy())
     x_0 = jnp.asarray(x_0, jnp.float32)
 
-    def eps_at(x: jax.Array, t: jax.Array) -> jax.Array:
-        return denoiser(x, jnp.broadcast_to(t, x.shape[:1])).eps
+    def predict(x: jax.Array, t: jax.Array) -> Prediction:
+        return denoiser(x, jnp.broadcast_to(t, x.shape[:1]))
+
+    def total(x: jax.Array) -> jax.Array:
+        """Of each example, [B, 1, ...]."""
+        return x.sum(axis=tuple(range(1, x.ndim)), keepdims=True)
 
     def rise(carry: Any, stride: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         x_s, eps, worst = carry
         s, t = stride
         step = schedule.between(s, t)
-        alpha, sigma = step.t.alpha, step.t.sigma
         # alpha_t (r_t - r_s), without the difference of what may be nearly equal.
-        shift = -sigma * jnp.expm1(-step.log_snr_drop / 2)
-        slope = shift * sigma / (alpha**2 * variance + step.t.sigma_squared)
+        by_eps = -step.t.sigma * jnp.expm1(-step.log_snr_drop / 2)
+        noisy = (step.t.high < 0) & (s > 0)
+        sigma_s = jnp.where(noisy, step.s.sigma, 1.0)
+        by_x_0 = -step.t.alpha * jnp.expm1(jnp.where(noisy, step.log_snr_drop, 0.0) / 2)
 
-        def missing(x: jax.Array, eps: jax.Array) -> jax.Array:
-            return step.alpha * x_s + shift * eps - x
+        def nearer(k: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            x, x_before, lack_before, best, best_eps, least = state
+            x_0, eps, *_ = predict(x, t)
+            missed = jnp.abs(step.s.alpha * x_0 + step.s.sigma * eps - x_s)
+            missed = missed.max(axis=tuple(range(1, x.ndim)), keepdims=True)
+            better = missed < least
+            best, best_eps = jnp.where(better, x, best), jnp.where(better, eps, best_eps)
+            lack = jnp.where(
+                noisy,
+                step.t.sigma / sigma_s * x_s + by_x_0 * x_0 - x,
+                step.alpha * x_s + by_eps * eps - x,
+            )
+            change = lack - lack_before
+            secant = total(change * lack) / jnp.maximum(total(change**2), 1e-30)
+            back = jnp.where(k > 0, secant, 0.0) * (x - x_before + change)
+            return x + lack - back, x, lack, best, best_eps, jnp.minimum(missed, least)
 
-        def nearer(_: Any, x: jax.Array) -> jax.Array:
-            return x + missing(x, eps_at(x, t)) / (1 - slope)
+        x = step.alpha * x_s + by_eps * eps
+        none, never = jnp.zeros_like(x), jnp.full_like(total(x), jnp.inf)
+        found = jax.lax.fori_loop(0, iterations + 1, nearer, (x, none, none, x, eps, never))
+        _, _, _, x_t, eps, least = found
+        return (x_t, eps, jnp.maximum(worst, least.reshape(-1))), None
 
-        x_t = jax.lax.fori_loop(0, iterations, nearer, step.alpha * x_s + shift * eps)
-        eps = eps_at(x_t, t)
-        missed = jnp.abs(missing(x_t, eps) / step.alpha).reshape(len(x_0), -1).max(axis=1)
-        return (x_t, eps, jnp.maximum(worst, missed)), None
-
-    eps = eps_at(x_0, rising[0]) if falling[-1] else jnp.zeros_like(x_0)
+    eps = predict(x_0, rising[0]).eps if falling[-1] else jnp.zeros_like(x_0)
     start = x_0, eps, jnp.zeros(len(x_0))
     (x_t, _, worst), _ = jax.lax.scan(rise, start, (rising[:-1], rising[1:]))
     return Inversion(x_t, worst)
