@@ -1,7 +1,8 @@
 """Trains, samples and evaluates diffusion models: python main.py --config=configs/cifar10.py
 
 The same command goes on where it was stopped. Every key of the config can be overridden:
---config.training.batch_size=64. Modes: train, sample, compare, evaluate, reference, export.
+--config.training.batch_size=64. Modes: train, sample, edit, compare, evaluate, reference,
+export.
 """
 
 import logging
@@ -25,7 +26,7 @@ from ddpm import backend
 from ddpm.config import default, flatten, nearest, validate
 from ddpm.errors import InputError, first_line
 
-_MODES = ("train", "sample", "compare", "evaluate", "reference", "export")
+_MODES = ("train", "sample", "edit", "compare", "evaluate", "reference", "export")
 _DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment's config file; configs/digits.py if left out."
@@ -37,6 +38,9 @@ _INIT_FROM = flags.DEFINE_string(
     "",
     "Weights of others to begin from, for every mode but reference: a folder of diffusers, a file, "
     "or the name of a repository on the hub.",
+)
+_INPUT = flags.DEFINE_string(
+    "input", "", "Of --mode=edit: pictures FILE[,FILE..], a folder of them, or an .npz as data."
 )
 _OUT = flags.DEFINE_string(
     "out", "", "Of --mode=export: a new folder for diffusers, or a file .safetensors."
@@ -65,6 +69,12 @@ def parse(argv: Sequence[str]) -> list[str]:
             )
         if _OUT.value and _MODE.value != "export":
             raise InputError(f"--out={_OUT.value} goes with --mode=export alone")
+        if bool(_INPUT.value) != (_MODE.value == "edit"):
+            raise InputError(
+                f"--input={_INPUT.value} goes with --mode=edit alone"
+                if _INPUT.value
+                else "--mode=edit needs --input: pictures FILE[,FILE..], a folder, or an .npz"
+            )
         if _INIT_FROM.value and _MODE.value == "reference":
             raise InputError("--init_from: --mode=reference uses no weights; leave it out")
         validate(_CONFIG.value)
@@ -124,6 +134,7 @@ def main(argv: Sequence[str]) -> None:
     backend.configure()
     # Imported late: a wrong flag should not wait for Orbax and others.
     from ddpm.modes.compare import compare
+    from ddpm.modes.edit import edit
     from ddpm.modes.evaluate import evaluate
     from ddpm.modes.export import export
     from ddpm.modes.reference import reference
@@ -144,6 +155,8 @@ def main(argv: Sequence[str]) -> None:
                 sample(config, workdir, given)
             case "compare":
                 compare(config, workdir, given)
+            case "edit":
+                edit(config, workdir, _INPUT.value, given)
             case "evaluate":
                 evaluate(config, workdir, given)
             case "reference":

@@ -5,15 +5,26 @@ x_t = ddpm.q_sample(schedule, x_0, t, eps)
 """
 
 from ddpm.diffusion import flow, gaussian, likelihood, losses, predictions, schedules, timesteps
-from ddpm.diffusion.gaussian import Gaussian, fixed_large, fixed_small, q_posterior, q_sample
+from ddpm.diffusion.analytic import analytic, second_moments
+from ddpm.diffusion.gaussian import (
+    Gaussian,
+    fixed_large,
+    fixed_small,
+    q_posterior,
+    q_sample,
+    q_step,
+)
 from ddpm.diffusion.keys import sample_keys
 from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser, thresholded
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.models.unet import UNet
-from ddpm.sampling import guidance
+from ddpm.sampling import editing, grids, guidance, langevin
+from ddpm.sampling.adaptive import probability_flow
 from ddpm.sampling.guidance import classifier_free, classifier_guided
+from ddpm.sampling.langevin import annealed_langevin, predictor_corrector
 from ddpm.sampling.sample import Chain, sample, sample_chain
 from ddpm.sampling.samplers import Sampler, ancestral, ddim
+from ddpm.sampling.solvers import dpm_solver, euler, heun, unipc
 
 __all__ = [
     "Chain",
@@ -23,26 +34,39 @@ __all__ = [
     "Prediction",
     "Sampler",
     "UNet",
+    "analytic",
     "ancestral",
+    "annealed_langevin",
     "classifier_free",
     "classifier_guided",
     "clipped",
     "ddim",
     "denoiser",
+    "dpm_solver",
+    "editing",
+    "euler",
     "fixed_large",
     "fixed_small",
     "flow",
     "gaussian",
+    "grids",
     "guidance",
+    "heun",
+    "langevin",
     "likelihood",
     "losses",
     "predictions",
+    "predictor_corrector",
+    "probability_flow",
     "q_posterior",
     "q_sample",
+    "q_step",
     "sample",
     "sample_chain",
     "sample_keys",
     "schedules",
+    "second_moments",
     "thresholded",
     "timesteps",
+    "unipc",
 ]

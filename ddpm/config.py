@@ -27,6 +27,7 @@ CHOICES = {
         "betas",
     ),
     "data.broken_images": ("error", "skip"),
+    "editing.task": ("vary", "inpaint", "interpolate", "reconstruct"),
     "sampling.sampler": (
         "ancestral",
         "ddim",
@@ -132,6 +133,18 @@ def default() -> ConfigDict:
     config.sampling.num_samples = 64
     config.sampling.batch_size = 64
     config.sampling.seed = 0
+    config.sampling.mp4 = False  # the chain as MP4 too; needs imageio-ffmpeg
+
+    config.editing = ConfigDict()  # of pictures, by --mode=edit
+    config.editing.task = "vary"  # or 'inpaint', 'interpolate', 'reconstruct'
+    config.editing.t = 0  # of vary and interpolate: noised to x_t; 0: T / 2
+    config.editing.num_variations = 8  # of each picture, by vary and inpaint
+    config.editing.mask = ""  # of inpaint: a picture of the model's size, painted where white
+    config.editing.box = ()  # or (top, left, height, width), painted within
+    config.editing.jump_length = 10  # of inpaint: how many steps it goes back
+    config.editing.resamplings = 10  # and how often it comes by; 1: never goes back
+    config.editing.fractions = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+    config.editing.iterations = 20  # of reconstruct, for each step
 
     config.comparison = ConfigDict()  # --mode=compare
     # Each a sampler, and what else of config.sampling: "dpm_solver order=3 grid=karras".
@@ -194,6 +207,9 @@ def validate(config: Mapping[str, Any]) -> None:
         raise InputError(f"config.sampling.steps = {s['steps']}: must be at most T = {num_steps}")
     if s["times"] and (s["steps"] or s["grid"] != "uniform"):
         raise InputError("config.sampling.times goes without sampling.steps and sampling.grid")
+    if config["editing"]["t"] > num_steps:
+        t = config["editing"]["t"]
+        raise InputError(f"config.editing.t = {t}: must be in 1..T = {num_steps}, or 0 for T / 2")
 
 
 def check_steering(config: Mapping[str, Any]) -> None:
@@ -280,6 +296,16 @@ def _range(v: Any) -> bool:
     return not v or (len(v) == 2 and numbers and 0 <= v[0] < v[1])
 
 
+def _box(v: Any) -> bool:
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in v)
+    return not v or (len(v) == 4 and whole and min(v[2:]) > 0)
+
+
+def _fractions(v: Any) -> bool:
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in v)
+    return bool(v) and numbers and all(0 <= x <= 1 for x in v)
+
+
 def _seeds(v: Any) -> bool:
     whole = all(isinstance(n, int) and 0 <= n < 2**32 for n in v)
     return bool(v) and whole and len(set(v)) == len(v)
@@ -354,6 +380,13 @@ _RULES: dict[str, tuple[Any, str]] = {
     "sampling.num_samples": _whole(1),
     "sampling.batch_size": _whole(1),
     "sampling.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
+    "editing.t": _whole(0),
+    "editing.num_variations": _whole(1),
+    "editing.box": (_box, "() or (top, left, height, width), whole numbers"),
+    "editing.jump_length": _whole(1),
+    "editing.resamplings": _whole(1),
+    "editing.fractions": (_fractions, "a tuple of numbers in [0, 1]"),
+    "editing.iterations": _whole(0),
     "evaluation.parts": (
         lambda v: v and set(v) <= set(PARTS),
         f"a tuple of some of {', '.join(PARTS)}",

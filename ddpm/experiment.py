@@ -141,16 +141,17 @@ class Experiment(NamedTuple):
         denoise = self.unclipped_denoiser(params)
         return clipped(self.schedule, denoise) if self.config.sampling.clip else denoise
 
-    def steered_denoiser(self, params: Any, indices: jax.Array) -> Denoiser:
+    def steered_denoiser(self, params: Any, indices: jax.Array | None = None) -> Denoiser:
         """What samples are drawn by: of a class, guided and clipped as config.sampling says.
 
         `indices` [B] number the samples: of a model with labels, sample i is of class
-        i mod num_classes, or all are of config.sampling.label.
+        i mod num_classes, or all are of config.sampling.label; without numbers, if that is -1, of
+        no class.
         """
         s, classes, schedule = self.config.sampling, self.config.model.num_classes, self.schedule
         denoise = unlabelled = self.unclipped_denoiser(params)
-        if classes:
-            label = indices % classes if s.label < 0 else jnp.full_like(indices, s.label)
+        if classes and (s.label >= 0 or indices is not None):
+            label = jnp.full(1, s.label) if s.label >= 0 else indices % classes
             denoise = self.unclipped_denoiser(params, label)
         if s.guidance_scale != 1:
             interval = tuple(s.guidance_interval) or None
@@ -359,7 +360,8 @@ def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Any) -> l
     run by an older version, had its default.
     """
     now, before = flatten(to_json(config)), flatten(to_json(default())) | flatten(saved)
-    free = ("sampling.", "evaluation.", "comparison.", "training.steps", "training.log_every",
+    free = ("sampling.", "editing.", "comparison.", "evaluation.", "training.steps",
+            "training.log_every",
             "training.sample_every", "training.checkpoint")  # fmt: skip
     told = ("data.path", "data.broken_images", "model.dtype", "training.learning_rate",
             "training.warmup_steps", "training.grad_clip")  # fmt: skip

@@ -111,6 +111,15 @@ def test_sampling_without_a_checkpoint(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_chain_as_a_video(trained):
+    done = runs.run(runs.command(trained, "--mode=sample", sampling__mp4=True))
+    assert done.returncode == 0, done.stderr
+    written = [line.rsplit(".", 1) for line in done.stdout.split()]
+    assert [suffix for _, suffix in written] == ["npz", "png", "gif", "mp4"]
+    for path, suffix in written:
+        assert os.path.getsize(f"{path}.{suffix}") > 500
+
+
 def test_diverging_run_stops_and_names_step_and_checkpoint(tmp_path):
     # Warmed up over so many steps that the first ones are harmless, to a rate that overflows.
     overrides = {

@@ -48,6 +48,24 @@ def q_sample(schedule: NoiseSchedule, x_0: jax.Array, t: jax.Array, eps: jax.Arr
     return lift(level.alpha, x_0) * x_0 + lift(level.sigma, x_0) * eps
 
 
+def q_step(
+    schedule: NoiseSchedule,
+    x_s: jax.Array,
+    t: jax.Array,
+    eps: jax.Array,
+    *,
+    s: jax.Array | None = None,
+) -> jax.Array:
+    """x_t ~ q(x_t | x_s), s < t: sqrt(1 - beta_{t|s}) x_s + sqrt(beta_{t|s}) eps (Eq. 2).
+
+    s is t - 1 if left out; from s = 0 it is `q_sample`. NaN for s > t.
+    """
+    same_shape(x_s=x_s, eps=eps)
+    t = jnp.asarray(t)
+    step = schedule.between(t - 1 if s is None else jnp.asarray(s), t)
+    return lift(step.alpha, x_s) * x_s + lift(jnp.sqrt(step.beta), x_s) * eps
+
+
 def posterior_coefficients(step: Transition) -> tuple[jax.Array, jax.Array]:
     """Of x_0 and of x_t in the mean of q(x_s | x_t, x_0) (Eq. 7, any s < t); (1, 0) for s = 0."""
     of_x_0 = step.s.alpha * step.snr_loss

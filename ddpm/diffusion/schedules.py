@@ -144,6 +144,11 @@ class Transition(NamedTuple):
         return jnp.where(little, jnp.log(-jnp.expm1(-near)), jnp.log1p(-jnp.exp(-far)))
 
     @property
+    def alpha(self) -> jax.Array:
+        """alpha_{t|s} = sqrt(alpha_bar_t / alpha_bar_s), the signal's coefficient."""
+        return self.t.alpha / self.s.alpha
+
+    @property
     def beta(self) -> jax.Array:
         """beta_{t|s} = 1 - alpha_bar_t / alpha_bar_s, the transition's variance."""
         return self.t.sigma_squared * self.snr_loss

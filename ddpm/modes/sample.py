@@ -1,4 +1,4 @@
-"""Sampling from a run: a grid PNG, an .npz of any number of samples, a GIF of the chain."""
+"""Sampling from a run: a grid PNG, an .npz of any number of samples, a GIF or MP4 of the chain."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +19,11 @@ def sample(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     the weights of others that `init_from` names.
 
     Sample i depends on config.sampling.seed and i alone. Writes workdir/samples/<name>.npz, .png
-    (the first 100) and .gif (the first 25), the name made of step (or digest of the weights),
-    sampler, seed and number.
+    (the first 100), .gif and, with sampling.mp4, .mp4 (the first 25), the name made of step (or
+    digest of the weights), sampler, seed and number.
     """
+    if config.sampling.mp4:
+        pictures.mp4_writer()  # is it there
     run = load_run(config, workdir, "sample", init_from)
     s, image_shape = config.sampling, run.built.image_shape
     name = run.sample_name(s.seed, s.num_samples)
@@ -41,5 +43,7 @@ def sample(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
         run.params, min(CHAIN_SAMPLES, s.num_samples), seed=s.seed, snapshots=CHAIN_FRAMES
     )
     pictures.save_gif(out / f"{name}.gif", frames)
-    for suffix in ("npz", "png", "gif"):
+    if s.mp4:
+        pictures.save_mp4(out / f"{name}.mp4", frames)
+    for suffix in ("npz", "png", "gif", *(["mp4"] if s.mp4 else [])):
         print(out / f"{name}.{suffix}")

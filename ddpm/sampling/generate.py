@@ -9,12 +9,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ddpm.data.pipeline import to_uint8
-from ddpm.diffusion.keys import normal, sample_keys
+from ddpm.diffusion.keys import sample_keys
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.sampling import samplers
-from ddpm.sampling.sample import sample, sample_chain
+from ddpm.sampling.editing import share
+from ddpm.sampling.sample import sample_chain
 from ddpm.sampling.samplers import Sampler
 
 
@@ -67,27 +68,13 @@ class Generator:
             chain = sample_chain(keys, schedule, denoiser, few, snapshots=snapshots, **options)
             return to_uint8(chain.predicted_x_0)
 
-        def draw_sharing(params: Any, keys: jax.Array, above: Any, below: Any) -> jax.Array:
-            few, denoiser = (
-                (len(keys), *image_shape),
-                make_denoiser(params, jnp.zeros(len(keys), int)),
-            )
-            # One chain down to t, and as many as there are keys from there.
-            first, one = keys[:1], (1, *image_shape)
-            if len(above) > 1:
-                alone = make_denoiser(params, jnp.zeros(1, int))
-                x_t = sample(first, schedule, alone, one, sampler=sampler, times=np.array(above))
-            else:
-                x_t = normal(first, above[0], image_shape)
-            x_t = jnp.broadcast_to(x_t, few)
-            return to_uint8(
-                sample(
-                    keys, schedule, denoiser, few, sampler=sampler, times=np.array(below), x_t=x_t
-                )
-            )
+        def draw_sharing(params: Any, keys: jax.Array, t: float) -> jax.Array:
+            few = (len(keys), *image_shape)
+            denoiser = make_denoiser(params, jnp.zeros(1, int))
+            return to_uint8(share(keys, schedule, denoiser, few, t, **options))
 
         self._draw_predicted = jax.jit(draw_predicted, static_argnums=2)
-        self._draw_sharing = jax.jit(draw_sharing, static_argnums=(2, 3))
+        self._draw_sharing = jax.jit(draw_sharing, static_argnums=2)
         self._draw = jax.jit(draw)
         self._draw_chain = jax.jit(draw_chain, static_argnums=2)
 
@@ -127,10 +114,8 @@ class Generator:
 
         t must be one of `times`, above 0.
         """
-        place = self.times.index(t)
         keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
-        above, below = self.times[: place + 1], self.times[place:]
-        return np.asarray(self._draw_sharing(params, keys, above, below))
+        return np.asarray(self._draw_sharing(params, keys, t))
 
 
 def _whole(x: jax.Array) -> np.ndarray:

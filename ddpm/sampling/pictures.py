@@ -1,13 +1,16 @@
-"""Samples as files: a grid, a GIF of the chain, an .npz of any size."""
+"""Samples as files: a grid, a GIF or MP4 of the chain, an .npz of any size."""
 
+import contextlib
 import math
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ddpm.errors import InputError
 from ddpm.files import write_whole
 
 
@@ -35,9 +38,10 @@ def to_picture(image: np.ndarray, *, least_side: int = 0) -> Image.Image:
     )
 
 
-def save_grid(path: Path, images: np.ndarray) -> None:
+def save_grid(path: Path, images: np.ndarray, *, columns: int | None = None) -> None:
     """A PNG of at least 400 pixels; small images are enlarged without blurring."""
-    write_whole(path, lambda p: to_picture(grid(images), least_side=400).save(p, format="PNG"))
+    picture = to_picture(grid(images, columns=columns), least_side=400)
+    write_whole(path, lambda p: picture.save(p, format="PNG"))
 
 
 def save_gif(path: Path, frames: np.ndarray, *, milliseconds: int = 60) -> None:
@@ -50,6 +54,50 @@ def save_gif(path: Path, frames: np.ndarray, *, milliseconds: int = 60) -> None:
             p, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
         ),
     )
+
+
+def save_mp4(path: Path, frames: np.ndarray, *, milliseconds: int = 60) -> None:
+    """The same as an MP4 (H.264) that plays once; white fills up to even sides.
+
+    Raises InputError where the package imageio-ffmpeg is missing, ValueError for other arrays.
+    """
+    write_frames = mp4_writer()
+    if frames.dtype != np.uint8 or frames.ndim != 5 or not frames.size:
+        raise ValueError(f"frames of {frames.dtype}{list(frames.shape)}: uint8[frames, n, H, W, C]")
+    first = to_picture(grid(frames[0]), least_side=400)
+    size = first.width + first.width % 2, first.height + first.height % 2
+    rests = [len(frames) - 1] * round(2000 / milliseconds)
+
+    def write(temporary: Path) -> None:
+        video = write_frames(
+            str(temporary),
+            size,
+            fps=1000 / milliseconds,
+            codec="libx264",
+            quality=8,
+            macro_block_size=1,
+            ffmpeg_log_level="error",
+            output_params=["-f", "mp4"],  # which the name of a half file does not tell
+        )
+        with contextlib.closing(video):
+            video.send(None)
+            for i in [*range(len(frames)), *rests]:
+                whole = Image.new("RGB", size, "white")
+                whole.paste(to_picture(grid(frames[i]), least_side=400))
+                video.send(whole.tobytes())
+
+    write_whole(path, write)
+
+
+def mp4_writer() -> Any:
+    """imageio-ffmpeg's function to write videos; InputError without that package."""
+    try:
+        from imageio_ffmpeg import write_frames
+    except ImportError as error:
+        raise InputError(
+            "MP4 needs the package imageio-ffmpeg: pip install imageio-ffmpeg"
+        ) from error
+    return write_frames
 
 
 def save_npz(path: Path, batches: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:

@@ -81,7 +81,7 @@ def sample_chain(
     # Where step i's snapshot goes; one row too many takes those of no interest.
     slots = np.full(steps, snapshots)
     slots[moments] = np.arange(snapshots)
-    streams = _streams(t, schedule.num_steps)
+    streams = noise_streams(t, schedule.num_steps)
 
     def step(carry, inputs):
         x_t, memory, evaluations, kept = carry
@@ -133,7 +133,7 @@ def check_times(
     return t.astype(np.int32 if (t == np.rint(t)).all() else np.float32)
 
 
-def _streams(t: np.ndarray, num_steps: int) -> np.ndarray:
+def noise_streams(t: np.ndarray, num_steps: int) -> np.ndarray:
     """For each time the number of its noise's stream: t itself, and another at each new visit."""
     visits = np.array([(t[:i] == t[i]).sum() for i in range(len(t))])
     if np.issubdtype(t.dtype, np.integer):

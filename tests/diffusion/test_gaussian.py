@@ -8,7 +8,7 @@ import scipy.integrate
 from scipy import stats
 from scipy.special import log_ndtr
 
-from ddpm import q_posterior, q_sample, schedules
+from ddpm import q_posterior, q_sample, q_step, schedules
 from ddpm.diffusion.gaussian import decoder_log_likelihood, lift, normal_kl, same_shape
 from tests.exact import NAMES, close, pair
 
@@ -46,6 +46,25 @@ def test_marginals_are_the_single_steps_composed(name):
 def test_time_zero_is_the_data():
     x_0, eps = jax.random.normal(jax.random.key(0), (2, 3, 4))
     assert (q_sample(schedules.linear(), x_0, jnp.zeros(3, int), eps) == x_0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_step_between_two_times_composes_to_the_marginal(name):
+    schedule, exact = pair(name, 1000)
+    s = np.array([0, 0, 0, 1, 1, 2, 10, 499, 999, 990, 300])
+    t = np.array([1, 300, 1000, 2, 1000, 3, 11, 500, 1000, 1000, 700])
+    one, none = jnp.ones((len(t), 1)), jnp.zeros((len(t), 1))
+    kept = np.float64(q_step(schedule, one, t, none, s=s))[:, 0]
+    added = np.float64(q_step(schedule, none, t, one, s=s))[:, 0]
+    close(added**2, exact.step_beta(s, t), rtol=1e-5, atol=1e-12)
+    close(exact.alpha[s] * kept, exact.alpha[t], rtol=2e-5, atol=1e-7)
+    close(kept**2 * exact.variance[s] + added**2, exact.variance[t], rtol=1e-5)
+    at_zero = s == 0
+    x, eps = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    found = q_step(schedule, x, t[at_zero], eps, s=s[at_zero])
+    close(found, q_sample(schedule, x, t[at_zero], eps), rtol=1e-6)
+    near = q_step(schedule, x, jnp.array([1, 500, 1000]), eps)
+    close(near, q_step(schedule, x, jnp.array([1, 500, 1000]), eps, s=jnp.array([0, 499, 999])))
 
 
 @pytest.mark.parametrize("name", NAMES)

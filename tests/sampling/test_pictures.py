@@ -1,8 +1,12 @@
+import sys
+
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from ddpm.sampling.pictures import grid, save_gif, save_grid, save_npz, to_picture
+from ddpm.errors import InputError
+from ddpm.sampling.pictures import grid, save_gif, save_grid, save_mp4, save_npz, to_picture
 
 
 def images(n, channels, height=2, width=3):
@@ -72,6 +76,41 @@ def test_gif_has_every_frame_and_rests_on_the_last(tmp_path, channels):
         assert found.shape == expected.shape
         # A GIF has 256 colours.
         assert abs(found.astype(int) - expected).max() <= (0 if channels == 1 else 8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_mp4_has_every_frame_and_rests_on_the_last(tmp_path, channels):
+    # Slow ramps of grey: what a video keeps well. 401 pixels high, which is odd.
+    frames = np.empty((5, 2, 401, 60, channels), np.uint8)
+    for i in range(5):
+        frames[i] = 40 * i + np.arange(60)[:, None]
+    save_mp4(tmp_path / "chain.mp4", frames, milliseconds=100)
+    assert [p.name for p in tmp_path.iterdir()] == ["chain.mp4"]
+    reader = imageio_ffmpeg.read_frames(str(tmp_path / "chain.mp4"))
+    about = next(reader)
+    assert about["codec"] == "h264"
+    assert about["size"] == (122, 402)
+    assert about["fps"] == 10
+    read = [np.frombuffer(f, np.uint8).reshape(402, 122, 3).astype(int) for f in reader]
+    assert len(read) == 5 + 20
+    for found, x in zip(read, [*frames, *[frames[-1]] * 20], strict=True):
+        expected = np.asarray(to_picture(grid(x)).convert("RGB"), int)
+        assert abs(found[:401, :121] - expected).mean() < 4
+        assert found[401].mean() > 150  # filled up with white
+
+
+def test_mp4_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(InputError, match="pip install imageio-ffmpeg"):
+        save_mp4(tmp_path / "chain.mp4", images(2, 1)[None])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mp4_of_other_arrays_is_refused(tmp_path):
+    for frames in (images(2, 3), np.zeros((2, 1, 4, 4, 3)), np.zeros((0, 1, 4, 4, 3), np.uint8)):
+        with pytest.raises(ValueError, match="uint8"):
+            save_mp4(tmp_path / "chain.mp4", frames)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_npz_is_written_batch_by_batch(tmp_path):

@@ -1,0 +1,294 @@
+"""Editing of pictures by a run: variations, inpainting, interpolation, reconstruction."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from ddpm.data import sources
+from ddpm.data.folders import folder
+from ddpm.data.images import read_image
+from ddpm.data.pipeline import to_float, to_uint8
+from ddpm.diffusion.keys import sample_keys
+from ddpm.errors import InputError
+from ddpm.experiment import with_settings
+from ddpm.modes.loading import Run, load_run
+from ddpm.sampling import editing, pictures
+from ddpm.sampling.sample import sample
+from ddpm.training import sharding
+
+GRID_ROWS = 50
+HOLE = 128  # grey level of what is to be painted, in the grid
+
+
+class Edited(NamedTuple):
+    """results: uint8[n, K, H, W, C], K of each picture (or pair); rows: the same with what they
+    were made of, for the grid; `what` they depend on, for the name, and `told` of them."""
+
+    results: np.ndarray
+    rows: np.ndarray
+    what: str
+    told: str = ""
+
+
+def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> None:
+    """Edits the pictures that `given` names by config.editing, with the weights that sample uses.
+
+    What is drawn depends on config.sampling.seed and a variation's number alone. Writes
+    workdir/edits/<name>.png, a row for each picture, and .npz, `images` uint8[n, H, W, C] in the
+    same order without what was given. The name tells task, settings and weights, and a digest of
+    the pictures. Raises InputError.
+    """
+    e, task = config.editing, config.editing.task
+    if task == "inpaint" and bool(e.mask) == bool(e.box):
+        raise InputError(
+            "config.editing.task = 'inpaint' needs config.editing.mask, a picture that is white "
+            "where to paint, or config.editing.box = (top, left, height, width), one of the two"
+        )
+    if task == "reconstruct":  # it is DDIM that can be inverted
+        config, _ = with_settings(config, sampling={"sampler": "ddim", "eta": 0.0})
+    read = _inputs(given)
+    run = load_run(config, workdir, "edit", init_from)
+    images = read(run.built.image_shape)
+    edited = _TASKS[task](run, images)
+    digest = hashlib.sha256(images.tobytes() + str(images.shape).encode()).hexdigest()[:8]
+    n, each = edited.results.shape[:2]
+    name = f"{edited.what}_of_{digest}_{run.sample_name(config.sampling.seed, n * each)}"
+    out = workdir / "edits"
+    flat = edited.results.reshape(-1, *images.shape[1:])
+    pictures.save_npz(out / f"{name}.npz", [flat], flat.shape)
+    rows = edited.rows[:GRID_ROWS]
+    pictures.save_grid(
+        out / f"{name}.png", rows.reshape(-1, *images.shape[1:]), columns=rows.shape[1]
+    )
+    if edited.told:
+        print(edited.told)
+    for suffix in ("npz", "png"):
+        print(out / f"{name}.{suffix}")
+
+
+# --- What is given
+
+
+def _inputs(given: str) -> Callable[[tuple[int, int, int]], np.ndarray]:
+    """A function of the model's shape [H, W, C] to the pictures, uint8[n, H, W, C]."""
+    paths = [Path(p).expanduser() for p in ([given] if Path(given).exists() else given.split(","))]
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"--input: {path}: there is no such file or folder")
+
+    def read(shape: tuple[int, int, int]) -> np.ndarray:
+        return np.concatenate([_read(path, shape) for path in paths])
+
+    return read
+
+
+def _read(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    size, channels = shape[:2], shape[2]
+    if path.is_dir():
+        source: Any = folder(path, size, channels=channels, memory_budget=0)
+    elif path.suffix.lower() == ".npz":
+        source = sources.npz(path)
+        if source.image_shape != shape:
+            raise InputError(
+                f"--input: {path}: its images are {_by(source.image_shape)}, the model's "
+                f"{_by(shape)}; only pictures and folders are resized"
+            )
+    else:
+        return read_image(path, channels=channels, image_size=size)[None]
+    return source.read(np.arange(len(source))).image
+
+
+def _keep(run: Run) -> np.ndarray:
+    """Where not to paint, bool[H, W, 1], by config.editing.mask or .box."""
+    e, (height, width, _) = run.built.config.editing, run.built.image_shape
+    if e.mask:
+        mask = read_image(Path(e.mask).expanduser(), channels=1, image_size=None)
+        if mask.shape[:2] != (height, width):
+            raise InputError(
+                f"config.editing.mask = {e.mask!r} is {_by(mask.shape[:2])}, the model's images "
+                f"are {_by((height, width))} (height x width): make it exactly that size"
+            )
+        keep = mask < 128
+    else:
+        top, left, rows, columns = e.box
+        if top + rows > height or left + columns > width:
+            raise InputError(
+                f"config.editing.box = {tuple(e.box)}: (top, left, height, width) must lie within "
+                f"the model's {_by((height, width))}"
+            )
+        keep = np.ones((height, width, 1), bool)
+        keep[top : top + rows, left : left + columns] = False
+    if keep.all():
+        raise InputError(f"config.editing.mask = {e.mask!r} has no white: nothing would be painted")
+    return keep
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+# --- The tasks
+
+
+def _vary(run: Run, images: np.ndarray) -> Edited:
+    t, how = _t(run), _chain(run)
+
+    def one(denoiser: Any, keys: jax.Array, x_0: jax.Array) -> jax.Array:
+        return editing.vary(keys, run.built.schedule, denoiser, x_0, t, **how)
+
+    results = _variations(run, one, images)
+    return Edited(results, np.concatenate([images[:, None], results], axis=1), f"vary_t{t}")
+
+
+def _inpaint(run: Run, images: np.ndarray) -> Edited:
+    e, built = run.built.config.editing, run.built
+    keep = _keep(run)
+    how = {"jump_length": e.jump_length, "resamplings": e.resamplings}
+    try:  # what must hold of sampler and times
+        editing.inpainting(built.sampler, jnp.zeros((1, *built.image_shape)), keep)
+        editing.repaint_times(built.times, **how)
+    except ValueError as error:
+        raise InputError(f"config.editing.task = 'inpaint': {error}") from error
+
+    def one(denoiser: Any, keys: jax.Array, x_0: jax.Array) -> jax.Array:
+        return editing.inpaint(keys, built.schedule, denoiser, x_0, keep, **_chain(run), **how)
+
+    results = _variations(run, one, images)
+    results = np.where(keep, images[:, None], results)  # the known pixels, not their rounding
+    holed = np.where(keep, images, np.uint8(HOLE))
+    rows = np.concatenate([images[:, None], holed[:, None], results], axis=1)
+    mask = hashlib.sha256(keep.tobytes()).hexdigest()[:8]
+    jumps = f"_jump{e.jump_length}" if e.resamplings > 1 else ""
+    return Edited(results, rows, f"inpaint_mask{mask}_x{e.resamplings}{jumps}")
+
+
+def _interpolate(run: Run, images: np.ndarray) -> Edited:
+    t, how = _t(run), _chain(run)
+    if len(images) < 2:
+        raise InputError(
+            "config.editing.task = 'interpolate' needs two pictures or more in --input, each to be "
+            "joined to the next; there is one"
+        )
+    fractions = np.array(run.built.config.editing.fractions, np.float32)
+    size = max(1, run.built.config.sampling.batch_size // len(fractions))
+
+    def pairs(denoiser: Any, number: jax.Array, x_0: jax.Array, other: jax.Array) -> jax.Array:
+        found = editing.interpolate(
+            _keys(run, number),
+            run.built.schedule,
+            denoiser,
+            x_0,
+            other,
+            fractions,
+            t,
+            **how,
+        )
+        return found.swapaxes(0, 1)
+
+    ends = to_float(images)
+    results = _in_batches(run, pairs, size, np.zeros(len(ends) - 1, int), ends[:-1], ends[1:])
+    rows = np.concatenate([images[:-1, None], results, images[1:, None]], axis=1)
+    digest = hashlib.sha256(fractions.tobytes()).hexdigest()[:4]
+    return Edited(results, rows, f"interpolate_t{t}_f{digest}")
+
+
+def _reconstruct(run: Run, images: np.ndarray) -> Edited:
+    schedule, iterations = run.built.schedule, run.built.config.editing.iterations
+    how = _chain(run)
+    times = how["times"]
+
+    def one(denoiser: Any, number: jax.Array, x_0: jax.Array) -> jax.Array:
+        found = editing.invert(schedule, denoiser, x_0, times=times, iterations=iterations)
+        back = sample(
+            _keys(run, number),
+            schedule,
+            denoiser,
+            x_0.shape,
+            x_t=found.x_t,
+            **how,
+        )
+        return jnp.stack([found.x_t, back], axis=1)
+
+    x_0, size = to_float(images), run.built.config.sampling.batch_size
+    rows = _in_batches(run, one, size, np.zeros(len(images), int), x_0)
+    results = rows[:, 1:]
+    off = np.abs(results[:, 0].astype(int) - images)
+    told = f"reconstructed to {off.mean():.3g} of 255 levels on average, {off.max()} at most"
+    rows = np.concatenate([images[:, None], rows], axis=1)
+    return Edited(results, rows, f"reconstruct_i{iterations}", told)
+
+
+_TASKS: dict[str, Callable[[Run, np.ndarray], Edited]] = {
+    "vary": _vary,
+    "inpaint": _inpaint,
+    "interpolate": _interpolate,
+    "reconstruct": _reconstruct,
+}
+
+
+def _t(run: Run) -> int:
+    return run.built.config.editing.t or max(1, run.built.schedule.num_steps // 2)
+
+
+def _chain(run: Run) -> dict[str, Any]:
+    return {"sampler": run.built.sampler, "times": run.built.times}
+
+
+def _keys(run: Run, numbers: jax.Array) -> jax.Array:
+    return sample_keys(jax.random.key(run.built.config.sampling.seed), numbers)
+
+
+def _variations(
+    run: Run, one: Callable[[Any, jax.Array, jax.Array], jax.Array], images: np.ndarray
+) -> np.ndarray:
+    """config.editing.num_variations of each image, the k-th of all by one noise: [n, K, ..]."""
+    config = run.built.config
+    each = config.editing.num_variations
+
+    def some(denoiser: Any, number: jax.Array, x_0: jax.Array) -> jax.Array:
+        return one(denoiser, _keys(run, number), x_0)
+
+    numbers = np.tile(np.arange(each), len(images))
+    found = _in_batches(
+        run, some, config.sampling.batch_size, numbers, np.repeat(to_float(images), each, axis=0)
+    )
+    return found.reshape(len(images), each, *images.shape[1:])
+
+
+def _in_batches(
+    run: Run, function: Callable[..., jax.Array], size: int, *arrays: np.ndarray
+) -> np.ndarray:
+    """function(denoiser, *batch) over the first axis of the arrays, compiled once, as uint8.
+
+    Batches are split over the devices; the last one is filled up and cut. Raises InputError for
+    what is not finite.
+    """
+    devices, n = run.mesh.devices.size, len(arrays[0])
+    size = -(-min(size, n) // devices) * devices
+
+    @jax.jit
+    def compiled(params: Any, *batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = function(run.built.steered_denoiser(params), *batch)
+        return to_uint8(found), jnp.isfinite(found).all()
+
+    results = []
+    with tqdm(total=n, desc="editing", unit="image", disable=None) as bar:
+        for start in range(0, n, size):
+            rows = np.minimum(np.arange(start, start + size), n - 1)
+            batch = jax.device_put([a[rows] for a in arrays], sharding.split_batch(run.mesh))
+            found, finite = compiled(run.params, *batch)
+            if not finite:
+                raise InputError(
+                    "the edits are not finite: the model diverged; try config.sampling.clip = "
+                    "True, or an earlier checkpoint"
+                )
+            results.append(np.asarray(found)[: n - start])
+            bar.update(len(results[-1]))
+    return np.concatenate(results)
