@@ -4,7 +4,18 @@ schedule = ddpm.schedules.linear(1000)
 x_t = ddpm.q_sample(schedule, x_0, t, eps)
 """
 
-from ddpm.diffusion import flow, gaussian, likelihood, losses, predictions, schedules, timesteps
+from ddpm.diffusion import (
+    continuous,
+    flow,
+    gaussian,
+    likelihood,
+    losses,
+    predictions,
+    schedules,
+    timesteps,
+    variances,
+    weights,
+)
 from ddpm.diffusion.gaussian import Gaussian, fixed_large, fixed_small, q_posterior, q_sample
 from ddpm.diffusion.keys import sample_keys
 from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser
@@ -23,6 +34,7 @@ __all__ = [
     "UNet",
     "ancestral",
     "clipped",
+    "continuous",
     "ddim",
     "denoiser",
     "fixed_large",
@@ -39,4 +51,6 @@ __all__ = [
     "sample_keys",
     "schedules",
     "timesteps",
+    "variances",
+    "weights",
 ]
