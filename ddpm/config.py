@@ -24,8 +24,33 @@ CHOICES = {
         "warmup50",
         "cosine",
         "sigmoid",
+        "linear_log_snr",
+        "edm",
         "betas",
     ),
+    "diffusion.prediction": ("eps", "x_0", "v", "score", "posterior_mean", "edm"),
+    "diffusion.variance": ("fixed_large", "fixed_small", "learned", "learned_range"),
+    "training.loss": ("mse", "l1", "huber", "bound", "hybrid", "continuous_bound"),
+    "training.loss_weight": (
+        "none",
+        "simple",
+        "x_0",
+        "v",
+        "min_snr",
+        "truncated_snr",
+        "p2",
+        "sigmoid",
+        "edm",
+        "likelihood",
+    ),
+    "training.times": (
+        "uniform",
+        "low_discrepancy",
+        "importance",
+        "log_normal",
+        "logit_normal",
+    ),
+    "training.ema": ("constant", "warm_up", "half_life", "power"),
     "data.broken_images": ("error", "skip"),
     "sampling.sampler": ("ancestral", "ddim"),
     "sampling.variance": ("fixed_large", "fixed_small"),
@@ -68,6 +93,11 @@ def default() -> ConfigDict:
     config.diffusion.beta_start = 1e-4
     config.diffusion.beta_end = 0.02
     config.diffusion.betas = ()  # for schedule 'betas': beta_1, .., beta_T
+    config.diffusion.zero_terminal_snr = False  # the schedule rescaled to end without signal
+    config.diffusion.prediction = "eps"  # what the network puts out; "edm": preconditioned
+    config.diffusion.sigma_data = 0.5  # the data's standard deviation, of EDM
+    # Of the reverse steps, in the bound that is trained. A learned one doubles the channels.
+    config.diffusion.variance = "fixed_large"
 
     config.training = ConfigDict()
     config.training.steps = 800_000
@@ -75,7 +105,16 @@ def default() -> ConfigDict:
     config.training.learning_rate = 2e-4
     config.training.warmup_steps = 5000
     config.training.grad_clip = 1.0  # norm of the whole gradient; 0: not clipped
+    config.training.loss = "mse"  # of what the network predicts: L_simple
+    config.training.loss_weight = "none"  # of the squared error, by log-SNR; "none": 1 on that
+    config.training.min_snr_gamma = 5.0
+    config.training.sigmoid_bias = 0.0
+    config.training.huber_delta = 1.0
+    config.training.times = "uniform"  # how t is drawn
+    config.training.ema = "constant"  # or 'warm_up' to ema_decay, 'half_life', 'power'
     config.training.ema_decay = 0.9999
+    config.training.ema_images = 500_000  # of 'half_life'
+    config.training.ema_relative_std = 0.05  # of 'power': the average's width, of the training
     config.training.log_every = 100
     config.training.sample_every = 50_000  # a grid of samples; 0: at the end only
     config.training.checkpoint_every = 5000
@@ -207,12 +246,18 @@ _RULES: dict[str, tuple[Any, str]] = {
     "diffusion.num_steps": _whole(1),
     "diffusion.beta_start": (lambda v: 0 < v < 1, "in (0, 1)"),
     "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),
+    "diffusion.sigma_data": _POSITIVE,
     "training.steps": _whole(1),
     "training.batch_size": _whole(1),
     "training.learning_rate": _POSITIVE,
     "training.warmup_steps": _whole(0),
     "training.grad_clip": (lambda v: 0 <= v < float("inf"), "a number >= 0"),
+    "training.min_snr_gamma": _POSITIVE,
+    "training.sigmoid_bias": (lambda v: abs(v) < float("inf"), "a finite number"),
+    "training.huber_delta": _POSITIVE,
     "training.ema_decay": _FRACTION,
+    "training.ema_images": _whole(1),
+    "training.ema_relative_std": (lambda v: 0 < v <= 0.28, "in (0, 0.28]"),
     "training.log_every": _whole(1),
     "training.sample_every": _whole(0),
     "training.checkpoint_every": _whole(1),

@@ -14,15 +14,17 @@ from ddpm.data import sources
 from ddpm.data.folders import folder
 from ddpm.data.sources import Source
 from ddpm.data.tfds_sets import tfds
-from ddpm.diffusion import schedules
+from ddpm.diffusion import continuous, schedules
 from ddpm.diffusion.gaussian import fixed_large, fixed_small
-from ddpm.diffusion.predictions import Denoiser, clipped, denoiser
+from ddpm.diffusion.predictions import Denoiser, clipped
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import InputError, first_line
 from ddpm.models.unet import UNet
+from ddpm.objectives import channels_out, ema_rate, objective
 from ddpm.sampling.generate import Generator
 from ddpm.sampling.samplers import Sampler, ancestral, ddim
-from ddpm.training import sharding
+from ddpm.training import ema, sharding
+from ddpm.training.objective import Objective
 from ddpm.training.state import adam
 
 SCHEDULES: dict[str, Callable[[Any], NoiseSchedule]] = {
@@ -34,6 +36,8 @@ SCHEDULES: dict[str, Callable[[Any], NoiseSchedule]] = {
     "warmup50": lambda d: schedules.warmup50(d.num_steps, d.beta_start, d.beta_end),
     "cosine": lambda d: schedules.cosine(d.num_steps),
     "sigmoid": lambda d: schedules.sigmoid(d.num_steps),
+    "linear_log_snr": lambda d: continuous.table(continuous.linear(), d.num_steps),
+    "edm": lambda d: continuous.table(continuous.edm(), d.num_steps),
     "betas": lambda d: schedules.from_betas(d.betas),
 }
 VARIANCES = {"fixed_large": fixed_large, "fixed_small": fixed_small}
@@ -48,6 +52,8 @@ class Experiment(NamedTuple):
     optimizer: optax.GradientTransformation
     sampler: Sampler
     image_shape: tuple[int, int, int]
+    objective: Objective
+    ema_rate: ema.Rate
 
     def unclipped_denoiser(self, params: Any) -> Denoiser:
         """The network at these weights without dropout."""
@@ -55,7 +61,7 @@ class Experiment(NamedTuple):
         def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
             return jnp.asarray(self.model.apply({"params": params}, x_t, t))
 
-        return denoiser(self.schedule, network)
+        return self.objective.denoiser(network)
 
     def denoiser(self, params: Any) -> Denoiser:
         """The same, clipped where the config says so."""
@@ -86,6 +92,7 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
         attention_resolutions=tuple(m.attention_resolutions),
         dropout=m.dropout,
         num_groups=m.num_groups,
+        out_channels=channels_out(config, image_shape[-1]),
         dtype=jnp.dtype(m.dtype),
         norm_epsilon=m.norm_epsilon,
         head_channels=m.head_channels,
@@ -95,8 +102,16 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
     )
     check_model(model, image_shape)
     optimizer = adam(t.learning_rate, warmup_steps=t.warmup_steps, grad_clip=t.grad_clip)
+    schedule = noise_schedule(config)
     return Experiment(
-        config, noise_schedule(config), model, optimizer, sampler(config), image_shape
+        config,
+        schedule,
+        model,
+        optimizer,
+        sampler(config),
+        image_shape,
+        objective(config, schedule),
+        ema_rate(config),
     )
 
 
@@ -117,18 +132,13 @@ def with_settings(config: ConfigDict, **sections: dict[str, Any]) -> tuple[Confi
 
 
 def noise_schedule(config: ConfigDict) -> NoiseSchedule:
-    """The schedule by its name, refused where eps cannot be predicted."""
+    """The schedule by its name, rescaled to end without signal where the config says so."""
+    d = config.diffusion
     try:
-        schedule = SCHEDULES[config.diffusion.schedule](config.diffusion)
+        schedule = SCHEDULES[d.schedule](d)
+        return schedules.zero_terminal_snr(schedule) if d.zero_terminal_snr else schedule
     except ValueError as error:
         raise InputError(f"config.diffusion: {error}") from error
-    if schedule.ends_without_signal():
-        raise InputError(
-            f"config.diffusion.schedule = {config.diffusion.schedule!r} leaves no signal at t = T "
-            "(alpha_T = 0 in float32), where eps alone does not tell x_0: choose another schedule, "
-            "or smaller betas"
-        )
-    return schedule
 
 
 def sampler(config: ConfigDict) -> Sampler:

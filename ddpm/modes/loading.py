@@ -14,6 +14,7 @@ from ddpm import experiment
 from ddpm.errors import InputError
 from ddpm.experiment import Experiment
 from ddpm.interop import weights
+from ddpm.objectives import variance_name
 from ddpm.sampling.generate import Generator
 from ddpm.training import sharding
 from ddpm.training.checkpoints import Checkpoints, saved_meta
@@ -43,7 +44,9 @@ class Run(NamedTuple):
         s = self.built.config.sampling
         steps = s.steps or self.built.schedule.num_steps
         how = (
-            f"ddim{steps}_eta{s.eta:g}" if s.sampler == "ddim" else f"ancestral{steps}_{s.variance}"
+            f"ddim{steps}_eta{s.eta:g}"
+            if s.sampler == "ddim"
+            else f"ancestral{steps}_{variance_name(self.built.config)}"
         )
         raw = self.step is not None and not s.ema
         other = ("_raw" if raw else "") + ("" if s.clip else "_unclipped")

@@ -75,6 +75,17 @@ def prepare(
                     f"{e.samples}: {len(given)} images, config.evaluation.num_samples asks for "
                     f"{e.num_samples}"
                 )
+    prediction = run.built.config.diffusion.prediction
+    if "flow" in parts and prediction == "posterior_mean":
+        raise InputError(
+            "config.diffusion.prediction = 'posterior_mean' is of whole times, and the flow's are "
+            "not: leave 'flow' out of config.evaluation.parts"
+        )
+    if "flow" in parts and run.built.schedule.ends_without_signal():
+        raise InputError(
+            "the schedule leaves no signal at t = T, so its flow has no end in log-SNR: leave "
+            "'flow' out of config.evaluation.parts"
+        )
     if "flow" in parts and held_out is None:
         raise InputError("the flow's likelihood is of held-out data: set config.evaluation.split")
 
