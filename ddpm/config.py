@@ -150,6 +150,18 @@ def default() -> ConfigDict:
     return config
 
 
+def variant(config: ConfigDict, variants: Mapping[str, Mapping[str, Any]], name: str) -> ConfigDict:
+    """The config with the changes of this name, {'section.key': value}: what a file of ablations
+    returns. Raises InputError, with the names there are, for another."""
+    if name not in variants:
+        said = f"there is no {name!r}{nearest(name, variants)}; " if name else ""
+        raise InputError(
+            f"{said}name one of its variants, --config=FILE.py:NAME: {', '.join(variants)}"
+        )
+    config.update_from_flattened_dict(variants[name])
+    return config
+
+
 def validate(config: Mapping[str, Any]) -> None:
     """Raises InputError at the first unknown key or value that is not allowed."""
     known, given = flatten(default()), flatten(config)
