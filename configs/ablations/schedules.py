@@ -2,8 +2,8 @@
 
     python main.py --config=configs/ablations/schedules.py:sigmoid
 
-`zero_terminal` is the cosine rescaled to end without signal, for which v is predicted; `v` is the
-same without.
+`zero_terminal` is the linear one rescaled to end without signal, for which v is predicted;
+`linear_v` is that without.
 """
 
 from typing import Any
@@ -19,8 +19,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cosine": {"diffusion.schedule": "cosine"},
     "sigmoid": {"diffusion.schedule": "sigmoid"},
     "linear_log_snr": {"diffusion.schedule": "linear_log_snr"},
-    "v": {"diffusion.prediction": "v"},
-    "zero_terminal": {"diffusion.prediction": "v", "diffusion.zero_terminal_snr": True},
+    "linear_v": {"diffusion.schedule": "linear", "diffusion.prediction": "v"},
+    "zero_terminal": {
+        "diffusion.schedule": "linear",
+        "diffusion.prediction": "v",
+        "diffusion.zero_terminal_snr": True,
+    },
 }
 
 
