@@ -8,6 +8,7 @@ import pytest
 from ddpm import (
     denoiser,
     fixed_small,
+    likelihood,
     losses,
     objectives,
     predictions,
@@ -17,8 +18,13 @@ from ddpm import (
     weights,
 )
 from ddpm.config import CHOICES, default
+from ddpm.data.sources import ArraySource
 from ddpm.errors import InputError
-from ddpm.experiment import build, noise_schedule
+from ddpm.experiment import build, check_model, noise_schedule, with_settings
+from ddpm.interop import settings
+from ddpm.interop.weights import export
+from ddpm.modes.loading import Run
+from ddpm.modes.measures.job import prepare
 
 T = 20
 X_0, EPS = np.float32(np.random.default_rng(0).normal(size=(2, 5, 4)).clip(-1, 1))
@@ -270,3 +276,68 @@ def test_what_goes_together_is_not_refused():
          "training__loss_weight": "min_snr", "training__times": "importance"},
     ):  # fmt: skip
         objective_of(**values)
+
+
+def test_evaluation_and_samples_use_the_learned_variance():
+    """All the way from the network's channels, through clipping, to the bound's terms."""
+    config = configured(training__loss="hybrid", diffusion__variance="learned_range")
+    config.model.update(channels=8, num_groups=4, channel_multipliers=(1,), num_res_blocks=1,
+                        attention_resolutions=(), dropout=0.0)  # fmt: skip
+    built = build(config, (4, 4, 1))
+    shapes = check_model(built.model, built.image_shape)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: np.float32(0.3 * rng.normal(size=x.shape)), shapes)
+    x_0, t = rng.integers(0, 256, (2, 4, 4, 1)) / np.float32(127.5) - 1, jnp.array([5, 20])
+
+    @jax.jit
+    def both(params):
+        said = built.denoiser(params)(x_0, t)
+        raw = built.model.apply({"params": params}, x_0, t)[..., 1:]
+        terms = [
+            likelihood.step_kl(built.schedule, x_0, t, p)
+            for p in (said, said._replace(variance_fraction=None))
+        ]
+        return said, raw, terms
+
+    said, raw, (learned, fixed) = both(params)
+    np.testing.assert_allclose(said.variance_fraction, (raw + 1) / 2, rtol=1e-5, atol=1e-6)
+    assert abs(said.x_0).max() <= 1
+    assert (abs(learned / fixed - 1) > 1e-3).all()
+    assert objectives.variance_name(config) == "learned_range"
+    assert objectives.variance_name(configured()) == "fixed_large"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"diffusion__prediction": "posterior_mean"}, "'posterior_mean' is of whole times"),
+        (
+            {"diffusion__prediction": "v", "diffusion__zero_terminal_snr": True},
+            "no end in log-SNR: leave 'flow' out",
+        ),
+    ],
+)
+def test_flow_that_cannot_be_is_refused_before_anything_is_computed(values, said, tmp_path):
+    run = Run(build(configured(**values), (16, 16, 3)), {}, None, 1, "", "")
+    data = ArraySource(np.zeros((2, 16, 16, 3), np.uint8), None, None)
+    with pytest.raises(InputError, match=said):
+        prepare(run, tmp_path, data, data, ["bound", "flow"])
+
+
+def test_what_diffusers_is_not_told_is_not_exported(tmp_path):
+    for values in (
+        {"diffusion__prediction": "v"},
+        {"diffusion__variance": "learned_range", "training__loss": "hybrid"},
+    ):
+        built = build(configured(**values), (16, 16, 3))
+        with pytest.raises(InputError, match="only networks that predict eps"):
+            export(tmp_path / "out", built, {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_others_predict_eps_whatever_the_config_says():
+    theirs = settings.noise_settings({"num_train_timesteps": T}, "file")
+    config = configured(diffusion__prediction="v", diffusion__zero_terminal_snr=True)
+    config, _ = with_settings(config, diffusion=theirs.diffusion)
+    assert (config.diffusion.prediction, config.diffusion.variance) == ("eps", "fixed_large")
+    assert not noise_schedule(config).ends_without_signal()
