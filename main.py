@@ -82,7 +82,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     except InputError as error:
         fail(str(error))
     except flags.Error as error:
-        fail(str(error))
+        fail(_said_by_file(error) or str(error))
     except (AttributeError, KeyError) as error:
         fail(_wrong_key(argv) or f"the config cannot be read: {first_line(error)}")
     except Exception as error:  # whatever a config file does
@@ -103,7 +103,7 @@ def _config_first(argv: Sequence[str]) -> list[str]:
             break
     file = chosen.split("=", 1)[1].split(":")[0]
     if not Path(file).is_file():
-        known = sorted(p.as_posix() for p in Path("configs").glob("*.py"))
+        known = sorted(p.as_posix() for p in Path("configs").rglob("*.py"))
         raise InputError(f"--config={file}: there is no such file{nearest(file, known)}")
     return [program, chosen, *rest]
 
@@ -115,6 +115,15 @@ def _wrong_key(argv: Sequence[str]) -> str:
         if argument.startswith("--config.") and key not in known:
             return f"--config.{key}: there is no such key{nearest(key, known)}"
     return ""
+
+
+def _said_by_file(error: BaseException) -> str:
+    """What an InputError of the config file says, which ml_collections wraps in a traceback."""
+    said, link = "", error.__context__
+    while link is not None:
+        said = str(link) if isinstance(link, InputError) else said
+        link = link.__context__
+    return said
 
 
 def fail(text: str, code: int = 2) -> NoReturn:
@@ -144,7 +153,8 @@ def main(argv: Sequence[str]) -> None:
     if _DISTRIBUTED.value:
         join(_DISTRIBUTED.value)
     config_flag: Any = flags.FLAGS["config"]
-    name = Path(config_flag.config_filename).stem
+    file, _, variant = config_flag.config_filename.partition(":")
+    name = "_".join(filter(None, (Path(file).stem, variant)))
     workdir = Path(_WORKDIR.value or Path("runs") / name)
     try:
         config, given = _CONFIG.value, _INIT_FROM.value

@@ -4,7 +4,18 @@ schedule = ddpm.schedules.linear(1000)
 x_t = ddpm.q_sample(schedule, x_0, t, eps)
 """
 
-from ddpm.diffusion import flow, gaussian, likelihood, losses, predictions, schedules, timesteps
+from ddpm.diffusion import (
+    continuous,
+    flow,
+    gaussian,
+    likelihood,
+    losses,
+    predictions,
+    schedules,
+    timesteps,
+    variances,
+    weights,
+)
 from ddpm.diffusion.analytic import analytic, second_moments
 from ddpm.diffusion.gaussian import (
     Gaussian,
@@ -40,6 +51,7 @@ __all__ = [
     "classifier_free",
     "classifier_guided",
     "clipped",
+    "continuous",
     "ddim",
     "denoiser",
     "dpm_solver",
@@ -69,4 +81,6 @@ __all__ = [
     "thresholded",
     "timesteps",
     "unipc",
+    "variances",
+    "weights",
 ]

@@ -24,8 +24,33 @@ CHOICES = {
         "warmup50",
         "cosine",
         "sigmoid",
+        "linear_log_snr",
+        "edm",
         "betas",
     ),
+    "diffusion.prediction": ("eps", "x_0", "v", "score", "posterior_mean", "edm"),
+    "diffusion.variance": ("fixed_large", "fixed_small", "learned", "learned_range"),
+    "training.loss": ("mse", "l1", "huber", "bound", "hybrid", "continuous_bound"),
+    "training.loss_weight": (
+        "none",
+        "simple",
+        "x_0",
+        "v",
+        "min_snr",
+        "truncated_snr",
+        "p2",
+        "sigmoid",
+        "edm",
+        "likelihood",
+    ),
+    "training.times": (
+        "uniform",
+        "low_discrepancy",
+        "importance",
+        "log_normal",
+        "logit_normal",
+    ),
+    "training.ema": ("constant", "warm_up", "half_life", "power"),
     "data.broken_images": ("error", "skip"),
     "editing.task": ("vary", "inpaint", "interpolate", "reconstruct"),
     "sampling.sampler": (
@@ -88,6 +113,11 @@ def default() -> ConfigDict:
     config.diffusion.beta_start = 1e-4
     config.diffusion.beta_end = 0.02
     config.diffusion.betas = ()  # for schedule 'betas': beta_1, .., beta_T
+    config.diffusion.zero_terminal_snr = False  # the schedule rescaled to end without signal
+    config.diffusion.prediction = "eps"  # what the network puts out; "edm": preconditioned
+    config.diffusion.sigma_data = 0.5  # the data's standard deviation, of EDM
+    # Of the reverse steps, in the bound that is trained. A learned one doubles the channels.
+    config.diffusion.variance = "fixed_large"
 
     config.training = ConfigDict()
     config.training.steps = 800_000
@@ -95,8 +125,17 @@ def default() -> ConfigDict:
     config.training.learning_rate = 2e-4
     config.training.warmup_steps = 5000
     config.training.grad_clip = 1.0  # norm of the whole gradient; 0: not clipped
+    config.training.loss = "mse"  # of what the network predicts: L_simple
+    config.training.loss_weight = "none"  # of the squared error, by log-SNR; "none": 1 on that
+    config.training.min_snr_gamma = 5.0
+    config.training.sigmoid_bias = 0.0
+    config.training.huber_delta = 1.0
+    config.training.times = "uniform"  # how t is drawn
+    config.training.ema = "constant"  # or 'warm_up' to ema_decay, 'half_life', 'power'
     config.training.ema_decay = 0.9999
     config.training.label_dropout = 0.1  # share of labels that are left out, for guidance
+    config.training.ema_images = 500_000  # of 'half_life'
+    config.training.ema_relative_std = 0.05  # of 'power': the average's width, of the training
     config.training.log_every = 100
     config.training.sample_every = 50_000  # a grid of samples; 0: at the end only
     config.training.checkpoint_every = 5000
@@ -176,6 +215,18 @@ def default() -> ConfigDict:
     config.evaluation.features = ""  # a shipped classifier, or 'inception'; '': by the data
     config.evaluation.inception_path = ""  # its weights: .pth, .safetensors or .npz
     config.evaluation.inception_resize = "half_pixel"  # as pytorch-fid; "tf1": as the authors
+    return config
+
+
+def variant(config: ConfigDict, variants: Mapping[str, Mapping[str, Any]], name: str) -> ConfigDict:
+    """The config with the changes of this name, {'section.key': value}: what a file of ablations
+    returns. Raises InputError, with the names there are, for another."""
+    if name not in variants:
+        said = f"there is no {name!r}{nearest(name, variants)}; " if name else ""
+        raise InputError(
+            f"{said}name one of its variants, --config=FILE.py:NAME: {', '.join(variants)}"
+        )
+    config.update_from_flattened_dict(variants[name])
     return config
 
 
@@ -339,13 +390,19 @@ _RULES: dict[str, tuple[Any, str]] = {
     "diffusion.num_steps": _whole(1),
     "diffusion.beta_start": (lambda v: 0 < v < 1, "in (0, 1)"),
     "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),
+    "diffusion.sigma_data": _POSITIVE,
     "training.steps": _whole(1),
     "training.batch_size": _whole(1),
     "training.learning_rate": _POSITIVE,
     "training.warmup_steps": _whole(0),
     "training.grad_clip": (lambda v: 0 <= v < float("inf"), "a number >= 0"),
+    "training.min_snr_gamma": _POSITIVE,
+    "training.sigmoid_bias": (lambda v: abs(v) < float("inf"), "a finite number"),
+    "training.huber_delta": _POSITIVE,
     "training.ema_decay": _FRACTION,
     "training.label_dropout": _FRACTION,
+    "training.ema_images": _whole(1),
+    "training.ema_relative_std": (lambda v: 0 < v <= 0.28, "in (0, 0.28]"),
     "training.log_every": _whole(1),
     "training.sample_every": _whole(0),
     "training.checkpoint_every": _whole(1),

@@ -17,22 +17,23 @@ from ddpm.data import sources
 from ddpm.data.folders import folder
 from ddpm.data.sources import Source
 from ddpm.data.tfds_sets import tfds
-from ddpm.diffusion import schedules
+from ddpm.diffusion import continuous, schedules
 from ddpm.diffusion.analytic import analytic
-from ddpm.diffusion.gaussian import fixed_large, fixed_small
-from ddpm.diffusion.likelihood import ReverseVariance
-from ddpm.diffusion.predictions import Denoiser, clipped, denoiser, thresholded
+from ddpm.diffusion.predictions import Denoiser, clipped, thresholded
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.variances import ReverseVariance
 from ddpm.errors import InputError, first_line
 from ddpm.evaluation.classifier import log_probability
 from ddpm.models.unet import UNet
+from ddpm.objectives import FIXED, channels_out, ema_rate, objective, variance_name
 from ddpm.sampling import grids, langevin, samplers, solvers
 from ddpm.sampling.adaptive import probability_flow
 from ddpm.sampling.generate import Generator
 from ddpm.sampling.guidance import classifier_free, classifier_guided, of_x_0
 from ddpm.sampling.sample import check_times
 from ddpm.sampling.samplers import Sampler
-from ddpm.training import sharding
+from ddpm.training import ema, sharding
+from ddpm.training.objective import Objective
 from ddpm.training.state import adam
 
 SCHEDULES: dict[str, Callable[[Any], NoiseSchedule]] = {
@@ -44,9 +45,10 @@ SCHEDULES: dict[str, Callable[[Any], NoiseSchedule]] = {
     "warmup50": lambda d: schedules.warmup50(d.num_steps, d.beta_start, d.beta_end),
     "cosine": lambda d: schedules.cosine(d.num_steps),
     "sigmoid": lambda d: schedules.sigmoid(d.num_steps),
+    "linear_log_snr": lambda d: continuous.table(continuous.linear(), d.num_steps),
+    "edm": lambda d: continuous.table(continuous.edm(), d.num_steps),
     "betas": lambda d: schedules.from_betas(d.betas),
 }
-VARIANCES: dict[str, ReverseVariance] = {"fixed_large": fixed_large, "fixed_small": fixed_small}
 SAMPLERS: dict[str, Callable[[Any, ReverseVariance], Sampler]] = {
     "ancestral": lambda s, variance: samplers.ancestral(variance),
     "ddim": lambda s, variance: samplers.ddim(s.eta),
@@ -82,6 +84,8 @@ class Experiment(NamedTuple):
     model: UNet
     optimizer: optax.GradientTransformation
     image_shape: tuple[int, int, int]
+    objective: Objective
+    ema_rate: ema.Rate
     moments: jax.Array | None = None  # of variance 'analytic', float32[T + 1]
 
     @property
@@ -89,7 +93,7 @@ class Experiment(NamedTuple):
         """Of the reverse steps. InputError for 'analytic' before it was measured."""
         name = self.config.sampling.variance
         if name != "analytic":
-            return VARIANCES[name]
+            return FIXED[name]
         if self.moments is None:
             raise InputError(
                 "config.sampling.variance = 'analytic' is measured on a trained run: train with "
@@ -134,7 +138,7 @@ class Experiment(NamedTuple):
         def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
             return jnp.asarray(self.model.apply({"params": params}, x_t, t, label))
 
-        return denoiser(self.schedule, network)
+        return self.objective.denoiser(network)
 
     def denoiser(self, params: Any) -> Denoiser:
         """The same without label, clipped where the config says so: what the bound is of."""
@@ -196,6 +200,7 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
         attention_resolutions=tuple(m.attention_resolutions),
         dropout=m.dropout,
         num_groups=m.num_groups,
+        out_channels=channels_out(config, image_shape[-1]),
         dtype=jnp.dtype(m.dtype),
         norm_epsilon=m.norm_epsilon,
         head_channels=m.head_channels,
@@ -208,7 +213,9 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
     if config.sampling.classifier_scale:
         classifier(config, image_shape)
     optimizer = adam(t.learning_rate, warmup_steps=t.warmup_steps, grad_clip=t.grad_clip)
-    built = Experiment(config, noise_schedule(config), model, optimizer, image_shape)
+    schedule = noise_schedule(config)
+    aim, rate = objective(config, schedule), ema_rate(config)
+    built = Experiment(config, schedule, model, optimizer, image_shape, aim, rate)
     _ = built.times  # refused now, if at all
     return built
 
@@ -230,18 +237,13 @@ def with_settings(config: ConfigDict, **sections: dict[str, Any]) -> tuple[Confi
 
 
 def noise_schedule(config: ConfigDict) -> NoiseSchedule:
-    """The schedule by its name, refused where eps cannot be predicted."""
+    """The schedule by its name, rescaled to end without signal where the config says so."""
+    d = config.diffusion
     try:
-        schedule = SCHEDULES[config.diffusion.schedule](config.diffusion)
+        schedule = SCHEDULES[d.schedule](d)
+        return schedules.zero_terminal_snr(schedule) if d.zero_terminal_snr else schedule
     except (ValueError, MemoryError) as error:
         raise InputError(f"config.diffusion: {error}") from error
-    if schedule.ends_without_signal():
-        raise InputError(
-            f"config.diffusion.schedule = {config.diffusion.schedule!r} leaves no signal at t = T "
-            "(alpha_T = 0 in float32), where eps alone does not tell x_0: choose another schedule, "
-            "or smaller betas"
-        )
-    return schedule
 
 
 def sampler_name(config: ConfigDict, schedule: NoiseSchedule) -> str:
@@ -250,7 +252,7 @@ def sampler_name(config: ConfigDict, schedule: NoiseSchedule) -> str:
     adaptive = s.sampler == "probability_flow"
     steps = s.steps or (0 if adaptive else schedule.num_steps)
     of: dict[str, list[str]] = {
-        "ancestral": [s.variance],
+        "ancestral": [variance_name(config)],
         "ddim": [f"eta{s.eta:g}"],
         "dpm_solver": [f"order{s.order}", *(["stochastic"] if s.stochastic else [])],
         "unipc": [f"order{s.order}"],

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ddpm import experiment
 from ddpm.training import sharding
-from ddpm.training.checkpoints import Checkpoints
+from ddpm.training.checkpoints import Checkpoints, items_of
 from ddpm.training.state import init
 
 ROOT = Path(__file__).parents[1]
@@ -88,11 +88,13 @@ def final_state(workdir):
     """(step, every array of the newest checkpoint), read by the config in the run folder."""
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
     built = experiment.build(config, (8, 8, 1))
-    shapes = jax.eval_shape(lambda: init(built.model, built.optimizer, built.image_shape, 0))
+    history = built.objective.history
+    shapes = jax.eval_shape(
+        lambda: init(built.model, built.optimizer, built.image_shape, 0, history)
+    )
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    items = {name: getattr(shapes, name) for name in ("params", "ema_params", "opt_state")}
     placed = sharding.replicated(sharding.data_mesh())
-    found = checkpoints.restore(sharding.abstract_like(items, placed), print)
+    found = checkpoints.restore(sharding.abstract_like(items_of(shapes), placed), print)
     checkpoints.close()
     assert found is not None
     return found[1]["step"], [np.asarray(x) for x in jax.tree.leaves(found[0])]

@@ -8,22 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm import experiment
-from ddpm.config import validate
+from ddpm import experiment, objectives
+from ddpm.config import flatten, validate
+from ddpm.errors import InputError
 from ddpm.training.checkpoints import parameter_count
 from ddpm.training.state import Metrics, init, make_train_step
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+ABLATIONS = sorted((Path(__file__).parents[1] / "configs" / "ablations").glob("*.py"))
 SHAPES = {"digits": (8, 8, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 PARAMETERS = {"cifar10": 35_746_307, "celebahq256": 113_673_219, "lsun_church256": 113_673_219,
               "lsun_bedroom256": 113_673_219, "lsun_cat256": 113_673_219}  # fmt: skip
 
 
-def load(file):
+def module(file):
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module
+
+
+def load(file):
+    return module(file).get_config()
 
 
 def shape_of(config):
@@ -44,7 +50,12 @@ def test_config_is_valid_and_its_network_can_be_built(file):
 
 def of_distinct_networks():
     """One file for each network: the others would compile the same step again."""
-    return {load(f).model.to_json() + str(shape_of(load(f))): f for f in FILES}.values()
+
+    def network(file):
+        config = load(file)
+        return config.model.to_json().replace(str(config.model.dropout), "") + str(shape_of(config))
+
+    return {network(f): f for f in FILES}.values()
 
 
 @pytest.mark.parametrize("file", of_distinct_networks(), ids=lambda f: f.stem)
@@ -58,13 +69,15 @@ def test_config_takes_a_step_at_toy_size(file):
     config.model.attention_resolutions = tuple(
         r // shrink for r in config.model.attention_resolutions
     )
-    config.model.update(channels=8, num_groups=8, num_res_blocks=1)
+    heads = config.model.head_channels * 8 // config.model.channels
+    config.model.update(channels=8, num_groups=8, num_res_blocks=1, head_channels=heads)
     config.training.warmup_steps = 0
     shape = (height // shrink, width // shrink, channels)
     built = experiment.build(config, shape)
-    step = jax.jit(
-        make_train_step(built.model, built.schedule, built.optimizer, ema_decay=0.9, seed=0)
-    )
+    step = jax.jit(make_train_step(
+        built.model, built.schedule, built.optimizer, ema_decay=0.9, seed=0,
+        objective=built.objective,
+    ))  # fmt: skip
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, *shape), dtype=np.uint8)
     # Filled by NumPy: compiling the initialisation would take as long as the step.
@@ -77,3 +90,35 @@ def test_config_takes_a_step_at_toy_size(file):
     assert int(metrics.first_bad_step) == -1
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), start.params, state.params)
     assert moved["conv_out"]["kernel"]
+
+
+@pytest.mark.parametrize("file", ABLATIONS, ids=lambda f: f.stem)
+def test_ablations_are_valid_by_their_names_and_differ(file):
+    ablation, seen = module(file), []
+    for name, changes in ablation.VARIANTS.items():
+        config = ablation.get_config(name)
+        validate(config)
+        objectives.objective(config, experiment.noise_schedule(config))
+        assert changes.items() <= flatten(config).items()
+        seen.append(config.to_json())
+    assert len(set(seen)) == len(seen)
+    command = f"python main.py --config=configs/ablations/{file.name}:"
+    example = file.read_text().split(command)[1].split()[0]
+    assert example in ablation.VARIANTS
+    for wrong, said in (("", "name one of its variants"), (example + "s", f"mean {example!r}")):
+        with pytest.raises(InputError, match=said):
+            ablation.get_config(wrong)
+
+
+def test_rows_of_table_2():
+    rows = module(next(f for f in ABLATIONS if f.stem == "table2"))
+    of = {name: rows.get_config(name) for name in rows.VARIANTS}
+    found = [(c.diffusion.prediction, c.training.loss, c.diffusion.variance) for c in of.values()]
+    assert found == [
+        ("posterior_mean", "bound", "learned"),
+        ("posterior_mean", "bound", "fixed_large"),
+        ("posterior_mean", "mse", "fixed_large"),
+        ("eps", "bound", "learned"),
+        ("eps", "bound", "fixed_large"),
+        ("eps", "mse", "fixed_large"),
+    ]

@@ -41,6 +41,7 @@ def contents(folder):
         (["--config.training.batch_size=many"], ["batch_size"]),
         (["--config.diffusion.schedule=liner"], ["did you mean 'linear'"]),
         (["--config=configs/nothing.py"], ["configs/nothing.py"]),
+        (["--config=configs/ablations/table2.py:eps_ms"], ["did you mean 'eps_mse'"]),
         (["--mode=trian"], ["must be one of train, sample", "did you mean 'train'"]),
         (["--wrkdir=x"], ["wrkdir"]),
         (["runs/new"], ["unexpected argument 'runs/new'"]),

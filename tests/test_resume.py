@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import digits
+from ddpm.modes.train import train
 from tests import runs
 
 KILLS = int(os.environ.get("DDPM_KILLS", "3"))
@@ -170,3 +172,20 @@ def test_samples_do_not_depend_on_the_batch_size(uninterrupted):
     assert images[0].std() > 10
     # To rounding: a network's last bits may depend on the batch it runs in.
     assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_the_history_of_losses_goes_on(tmp_path):
+    """Importance sampling of t, a learned variance and an average by a power of the step."""
+    config = digits.get_config()
+    config.model.update(channels=8, num_groups=4, channel_multipliers=(1,))
+    config.diffusion.update(num_steps=2, variance="learned_range")  # each t soon has ten losses
+    config.training.update(loss="hybrid", times="importance", ema="power", batch_size=8)
+    config.sampling.update(num_samples=1, batch_size=1)
+    for name, steps in (("stopped", 4), ("stopped", 8), ("whole", 8)):
+        config.training.steps = steps
+        train(config, tmp_path / name)
+    found, expected = (runs.final_state(tmp_path / name) for name in ("stopped", "whole"))
+    assert found[0] == expected[0] == 8
+    assert any(a.shape == (2, 10) and (a > 0).all() for a in expected[1])  # all losses came
+    for a, b in zip(found[1], expected[1], strict=True):
+        assert a.tobytes() == b.tobytes()

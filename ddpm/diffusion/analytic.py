@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from ddpm.diffusion.gaussian import fixed_small, posterior_coefficients, q_sample
 from ddpm.diffusion.keys import normal, one_each
-from ddpm.diffusion.likelihood import ReverseVariance
 from ddpm.diffusion.losses import per_example_mean
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.variances import ReverseVariance
 
 
 def second_moments(

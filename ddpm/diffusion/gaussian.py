@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ddpm.diffusion.schedules import NoiseSchedule, Transition
+from ddpm.diffusion.schedules import NoiseSchedule, Schedule, Transition
 
 
 class Gaussian(NamedTuple):
@@ -41,7 +41,12 @@ def same_shape(**arrays: jax.Array) -> None:
         )
 
 
-def q_sample(schedule: NoiseSchedule, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+def per_example_mean(x: jax.Array) -> jax.Array:
+    """The mean over all axes but the first, in float32: [B, ...] -> [B]."""
+    return jnp.mean(x, axis=range(1, x.ndim), dtype=jnp.float32)
+
+
+def q_sample(schedule: Schedule, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Eq. 4); x_0 itself at t = 0."""
     same_shape(x_0=x_0, eps=eps)
     level = schedule.at(t)

@@ -8,7 +8,7 @@ Each is a mean over dimensions, divided by ln 2. `bits_per_dim` computes every t
 `sampled_bits_per_dim` an unbiased estimate from a few.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,24 +20,17 @@ from ddpm.diffusion.gaussian import (
     fixed_small,
     lift,
     normal_kl,
+    per_example_mean,
     posterior_coefficients,
     q_sample,
     same_shape,
 )
 from ddpm.diffusion.keys import normal, one_each
-from ddpm.diffusion.losses import per_example_mean
 from ddpm.diffusion.predictions import Denoiser, Prediction, to_posterior_mean
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.variances import ReverseVariance, reverse_log_variance
 
 BITS_PER_NAT = 1 / np.log(2)
-
-
-class ReverseVariance(Protocol):
-    """`fixed_small`, `fixed_large` or the like: the log-variance of p(x_s | x_t) by (t, s)."""
-
-    def __call__(
-        self, schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = None
-    ) -> jax.Array: ...
 
 
 class Bound(NamedTuple):
@@ -217,7 +210,7 @@ def step_kl(
         lift(of_x_0, x_0) * (x_0 - prediction.x_0),
         lift(fixed_small(schedule, t, s=s), x_0),
         jnp.zeros(()),
-        _log_variance(schedule, prediction, t, s, variance),
+        reverse_log_variance(schedule, prediction, t, s, variance),
     )
     return per_example_mean(kl) * BITS_PER_NAT
 
@@ -237,20 +230,8 @@ def decoder_nll(
     t = jnp.asarray(t)
     s = jnp.zeros_like(t)
     mean = to_posterior_mean(schedule, x_t, t, prediction, s=s)
-    log_variance = _log_variance(schedule, prediction, t, s, variance)
+    log_variance = reverse_log_variance(schedule, prediction, t, s, variance)
     return (
         -per_example_mean(decoder_log_likelihood(x_0, mean, log_variance, floor=floor))
         * BITS_PER_NAT
     )
-
-
-def _log_variance(
-    schedule: NoiseSchedule,
-    prediction: Prediction,
-    t: jax.Array,
-    s: jax.Array,
-    variance: ReverseVariance,
-) -> jax.Array:
-    if prediction.log_variance is not None:
-        return prediction.log_variance
-    return lift(variance(schedule, t, s=s), prediction.x_0)

@@ -12,46 +12,87 @@ import jax
 import jax.numpy as jnp
 
 from ddpm.diffusion.gaussian import lift, posterior_coefficients, same_shape
-from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.schedules import Schedule
 
 
 class Prediction(NamedTuple):
     """What a denoiser says of x_t: the expected x_0 and eps, two views of one thing.
 
-    `log_variance` is the reverse variance, in the shape of x_0, where the model learns it.
+    Where the model learns the reverse variance, in the shape of x_0: `log_variance`, that of
+    p(x_{t-1} | x_t) and of no longer step; or `variance_fraction`, between the two fixed ones at
+    whatever step is taken (see `variances`).
     """
 
     x_0: jax.Array
     eps: jax.Array
     log_variance: jax.Array | None = None
+    variance_fraction: jax.Array | None = None
 
 
 Denoiser = Callable[[jax.Array, jax.Array], Prediction]
 Network = Callable[[jax.Array, jax.Array], jax.Array]
-Reading = Callable[[NoiseSchedule, jax.Array, jax.Array, jax.Array], Prediction]
+Reading = Callable[[Schedule, jax.Array, jax.Array, jax.Array], Prediction]
+LearnedVariance = Callable[[Prediction, jax.Array], Prediction]
 
 
-def denoiser(schedule: NoiseSchedule, network: Network, reading: Reading | None = None) -> Denoiser:
+def denoiser(
+    schedule: Schedule,
+    network: Network,
+    reading: Reading | None = None,
+    *,
+    learned: LearnedVariance | None = None,
+) -> Denoiser:
     """The denoiser of a network (x_t, t) -> array of x_t's shape, its parameters closed over.
 
     `reading` says what the array means: `from_eps` (the paper's, and the default), `from_x_0`, ...
-    Raises ValueError where that does not tell x_0: of eps or the score, with no signal at t = T.
+    With `learned`, such as `variances.learned_range`, it has twice the channels: the second half
+    tells the reverse variance. Raises ValueError where x_0 is not told: of eps or the score, with
+    no signal at t = T; or for an odd number of channels that should be halved.
     """
     reading = reading or from_eps
     if reading in (from_eps, from_score) and schedule.ends_without_signal():
         raise ValueError(
-            f"the schedule leaves no signal at t = T = {schedule.num_steps} (alpha_T = 0), where "
+            f"the schedule leaves no signal at t = T = {schedule.ends[1]:g} (alpha_T = 0), where "
             "eps and the score do not tell x_0: let the network predict x_0 or v"
         )
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
-        return reading(schedule, x_t, t, network(x_t, t))
+        output = network(x_t, t)
+        if learned is None:
+            return reading(schedule, x_t, t, output)
+        output, raw = jnp.split(output, 2, axis=-1)
+        return learned(reading(schedule, x_t, t, output), raw)
+
+    return denoise
+
+
+def preconditioned(schedule: Schedule, network: Network, *, sigma_data: float = 0.5) -> Denoiser:
+    """The denoiser of Karras et al. (2022), Eq. 7, from a network F(c_in x, c_noise).
+
+    x_0 = c_skip x + c_out F with x = x_t/alpha_t, which is the data plus noise of standard
+    deviation sigma = sigma_t/alpha_t; c_noise = log(sigma)/4 takes the place of the network's t.
+    sigma_data is the data's standard deviation. Raises ValueError with no signal at t = T.
+    """
+    if schedule.ends_without_signal():
+        raise ValueError(
+            f"the schedule leaves no signal at t = T = {schedule.ends[1]:g} (alpha_T = 0), where "
+            "EDM's sigma is infinite"
+        )
+
+    def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
+        level = schedule.at(t)
+        sigma, x = jnp.exp(-0.5 * level.high), x_t / lift(level.alpha, x_t)
+        total = sigma**2 + sigma_data**2
+        c_skip, c_out, c_in = sigma_data**2 / total, sigma * sigma_data / total**0.5, total**-0.5
+        output = network(lift(c_in, x) * x, -level.high / 8)
+        same_shape(x_t=x_t, output=output)
+        return from_x_0(schedule, x_t, t, lift(c_skip, x) * x + lift(c_out, x) * output)
 
     return denoise
 
 
 def clipped(
-    schedule: NoiseSchedule, denoise: Denoiser, low: float = -1.0, high: float = 1.0
+    schedule: Schedule, denoise: Denoiser, low: float = -1.0, high: float = 1.0
 ) -> Denoiser:
     """The denoiser with x_0 clipped to the data's range, and eps derived anew from it.
 
@@ -60,13 +101,13 @@ def clipped(
 
     def clip(x_t: jax.Array, t: jax.Array) -> Prediction:
         prediction = denoise(x_t, t)
-        x_0 = jnp.clip(prediction.x_0, low, high)
-        return from_x_0(schedule, x_t, t, x_0)._replace(log_variance=prediction.log_variance)
+        x_0, eps, *_ = from_x_0(schedule, x_t, t, jnp.clip(prediction.x_0, low, high))
+        return prediction._replace(x_0=x_0, eps=eps)
 
     return clip
 
 
-def thresholded(schedule: NoiseSchedule, denoise: Denoiser, percentile: float = 0.995) -> Denoiser:
+def thresholded(schedule: Schedule, denoise: Denoiser, percentile: float = 0.995) -> Denoiser:
     """Dynamic thresholding (Saharia et al. 2022, Section 2.3), in the place of `clipped`.
 
     Where s, the quantile of |x_0| in a sample, is above 1, x_0 is clipped to [-s, s] and divided by
@@ -79,13 +120,13 @@ def thresholded(schedule: NoiseSchedule, denoise: Denoiser, percentile: float = 
         prediction = denoise(x_t, t)
         sizes = jnp.abs(prediction.x_0).reshape(x_t.shape[0], -1)
         s = lift(jnp.maximum(jnp.quantile(sizes, percentile, axis=1), 1.0), x_t)
-        x_0 = jnp.clip(prediction.x_0, -s, s) / s
-        return from_x_0(schedule, x_t, t, x_0)._replace(log_variance=prediction.log_variance)
+        x_0, eps, *_ = from_x_0(schedule, x_t, t, jnp.clip(prediction.x_0, -s, s) / s)
+        return prediction._replace(x_0=x_0, eps=eps)
 
     return threshold
 
 
-def from_eps(schedule: NoiseSchedule, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> Prediction:
+def from_eps(schedule: Schedule, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> Prediction:
     """x_0 = (x_t - sigma_t eps) / alpha_t; not defined where alpha_t = 0."""
     same_shape(x_t=x_t, eps=eps)
     level = schedule.at(t)
@@ -93,14 +134,14 @@ def from_eps(schedule: NoiseSchedule, x_t: jax.Array, t: jax.Array, eps: jax.Arr
     return Prediction(lift(inverse_alpha, x_t) * x_t - lift(noise_to_signal, x_t) * eps, eps)
 
 
-def from_x_0(schedule: NoiseSchedule, x_t: jax.Array, t: jax.Array, x_0: jax.Array) -> Prediction:
+def from_x_0(schedule: Schedule, x_t: jax.Array, t: jax.Array, x_0: jax.Array) -> Prediction:
     """eps = (x_t - alpha_t x_0) / sigma_t."""
     same_shape(x_t=x_t, x_0=x_0)
     level = schedule.at(t)
     return Prediction(x_0, (x_t - lift(level.alpha, x_t) * x_0) / lift(level.sigma, x_t))
 
 
-def from_v(schedule: NoiseSchedule, x_t: jax.Array, t: jax.Array, v: jax.Array) -> Prediction:
+def from_v(schedule: Schedule, x_t: jax.Array, t: jax.Array, v: jax.Array) -> Prediction:
     """v = alpha_t eps - sigma_t x_0 (Salimans & Ho 2022), so x_0 = alpha_t x_t - sigma_t v."""
     same_shape(x_t=x_t, v=v)
     level = schedule.at(t)
@@ -108,16 +149,14 @@ def from_v(schedule: NoiseSchedule, x_t: jax.Array, t: jax.Array, v: jax.Array) 
     return Prediction(alpha * x_t - sigma * v, sigma * x_t + alpha * v)
 
 
-def from_score(
-    schedule: NoiseSchedule, x_t: jax.Array, t: jax.Array, score: jax.Array
-) -> Prediction:
+def from_score(schedule: Schedule, x_t: jax.Array, t: jax.Array, score: jax.Array) -> Prediction:
     """score = grad log q(x_t) = -eps / sigma_t: denoising score matching (Section 3.2)."""
     same_shape(x_t=x_t, score=score)
     return from_eps(schedule, x_t, t, -lift(schedule.at(t).sigma, x_t) * score)
 
 
 def from_posterior_mean(
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     x_t: jax.Array,
     t: jax.Array,
     mean: jax.Array,
@@ -131,20 +170,20 @@ def from_posterior_mean(
     return from_x_0(schedule, x_t, t, (mean - lift(of_x_t, x_t) * x_t) / lift(of_x_0, x_t))
 
 
-def to_v(schedule: NoiseSchedule, t: jax.Array, prediction: Prediction) -> jax.Array:
+def to_v(schedule: Schedule, t: jax.Array, prediction: Prediction) -> jax.Array:
     """v = alpha_t eps - sigma_t x_0."""
     level = schedule.at(t)
     x_0, eps = prediction.x_0, prediction.eps
     return lift(level.alpha, x_0) * eps - lift(level.sigma, x_0) * x_0
 
 
-def to_score(schedule: NoiseSchedule, t: jax.Array, prediction: Prediction) -> jax.Array:
+def to_score(schedule: Schedule, t: jax.Array, prediction: Prediction) -> jax.Array:
     """grad log q(x_t) = -eps / sigma_t."""
     return -prediction.eps / lift(schedule.at(t).sigma, prediction.eps)
 
 
 def to_posterior_mean(
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     x_t: jax.Array,
     t: jax.Array,
     prediction: Prediction,

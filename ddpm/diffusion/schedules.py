@@ -14,7 +14,7 @@ So what rounding cut off is kept in a second float32, `log_snr_low`, and differe
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,11 @@ class NoiseSchedule(NamedTuple):
         last = np.asarray(self.log_snr)[-1]  # by NumPy: known while others are traced
         return bool(np.exp(np.float64(last) / 2) < np.finfo(np.float32).tiny)
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The first and the last noise level in time: 1, T."""
+        return 1.0, float(self.num_steps)
+
     def at(self, t: jax.typing.ArrayLike) -> LogSNR:
         """Log-SNR at times t in 0..T, in the shape of t; NaN outside.
 
@@ -111,6 +116,12 @@ class NoiseSchedule(NamedTuple):
     def between(self, s: jax.Array, t: jax.Array) -> "Transition":
         """The forward transition q(x_t | x_s) for times s < t."""
         return Transition(self.at(s), self.at(t))
+
+    def slope(self, t: jax.typing.ArrayLike) -> jax.Array:
+        """d log_snr / dt < 0 at times in [1, T], that of the step the time is in (at whole times,
+        of the step up to it; at 1 of the one after)."""
+        after = jnp.maximum(jnp.ceil(jnp.asarray(t)).astype(int), 2)
+        return -self.between(after - 1, after).log_snr_drop
 
 
 class Transition(NamedTuple):
@@ -159,6 +170,18 @@ class Transition(NamedTuple):
         return self.s.sigma_squared * self.snr_loss
 
 
+class Schedule(Protocol):
+    """What is asked of a schedule at given times, of a table or of continuous time."""
+
+    @property
+    def ends(self) -> tuple[float, float]: ...
+    def at(self, t: jax.typing.ArrayLike) -> LogSNR: ...
+    def between(self, s: jax.Array, t: jax.Array) -> Transition: ...
+    def slope(self, t: jax.typing.ArrayLike) -> jax.Array: ...
+    def time_of(self, log_snr: jax.typing.ArrayLike) -> jax.Array: ...
+    def ends_without_signal(self) -> bool: ...
+
+
 def from_betas(betas: Sequence[float] | np.ndarray) -> NoiseSchedule:
     """The schedule of any list of betas: betas[0] is beta_1, in (0, 1); the last one may be 1.
 
@@ -189,6 +212,23 @@ def from_log_snr(log_snr: Sequence[float] | np.ndarray) -> NoiseSchedule:
     high = log_snr.astype(np.float32)
     low = np.where(np.isfinite(high), log_snr - np.where(np.isfinite(high), high, 0), 0)
     return NoiseSchedule(jnp.asarray(high), jnp.asarray(low, jnp.float32))
+
+
+def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    """The schedule with alpha shifted and scaled so that alpha_T = 0 and alpha_1 stays.
+
+    alpha_t <- (alpha_t - alpha_T) alpha_1 / (alpha_1 - alpha_T) (Lin et al. 2024, Algorithm 1). The
+    network must predict x_0 or v. Raises ValueError for a single step.
+    """
+    if schedule.num_steps < 2:
+        raise ValueError("a schedule of one step cannot be rescaled to end without signal")
+    high, low = (np.asarray(x, np.float64)[1:] for x in schedule)
+    log_snr = high + low
+    alpha = np.exp(-0.5 * np.logaddexp(0, -log_snr))
+    rescaled = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    with np.errstate(divide="ignore"):  # of the last, where it is meant
+        new = 2 * np.log(rescaled) - np.log1p(-(rescaled**2))
+    return from_log_snr(np.concatenate([log_snr[:1], new[1:]]))
 
 
 def linear(

@@ -176,6 +176,7 @@ def noise_settings(scheduler: Mapping[str, Any], path: object) -> NoiseSettings:
     else:
         allowed = ", ".join((*_SCHEDULES, "sigmoid"))
         raise InputError(f"{path}: beta_schedule = {name!r}: must be one of {allowed}")
+    diffusion |= {"prediction": "eps", "variance": "fixed_large", "zero_terminal_snr": False}
     variance = scheduler.get("variance_type", "fixed_small")
     if variance not in _VARIANCES:
         allowed = ", ".join(_VARIANCES)
@@ -237,6 +238,17 @@ def to_scheduler_config(config: ConfigDict, schedule: NoiseSchedule) -> dict[str
         "prediction_type": "epsilon",
         "timestep_spacing": "trailing",
     }
+
+
+def check_written(config: ConfigDict) -> None:
+    """InputError for what diffusers' schedulers are not told of here: all but eps alone."""
+    d = config.diffusion
+    for key in ("prediction", "variance"):
+        if d[key] not in ("eps", "fixed_large", "fixed_small"):
+            raise InputError(
+                f"config.diffusion.{key} = {d[key]!r}: only networks that predict eps, and no "
+                "variance, can be exported"
+            )
 
 
 def _attending(kinds: Any, way: str) -> list[bool] | None:

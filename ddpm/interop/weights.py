@@ -95,6 +95,7 @@ def export(out: Path, built: Experiment, params: Any) -> None:
     from safetensors.numpy import save_file
 
     check_out(out)
+    settings.check_written(built.config)
     unet = settings.to_unet_config(built.config, built.image_shape)
     scheduler = settings.to_scheduler_config(built.config, built.schedule)
     tensors = to_tensors(params)

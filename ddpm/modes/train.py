@@ -21,7 +21,7 @@ from ddpm.files import write_whole
 from ddpm.interop import weights
 from ddpm.sampling import pictures
 from ddpm.training import sharding
-from ddpm.training.checkpoints import Checkpoints, parameter_count, saved_meta
+from ddpm.training.checkpoints import Checkpoints, items_of, parameter_count, saved_meta
 from ddpm.training.logbook import Logbook, plot_losses, say
 from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState, init, make_train_step
 from ddpm.training.stopping import StopSignal
@@ -69,7 +69,9 @@ def _train(
     everywhere, split = sharding.replicated(mesh), sharding.split_batch(mesh)
     optimizer = built.optimizer
     start = jax.jit(
-        lambda: init(built.model, optimizer, source.image_shape, config.seed),
+        lambda: init(
+            built.model, optimizer, source.image_shape, config.seed, built.objective.history
+        ),
         out_shardings=everywhere,
     )
     state = resume(checkpoints, jax.eval_shape(start), everywhere)
@@ -88,8 +90,9 @@ def _train(
             built.model,
             built.schedule,
             optimizer,
-            ema_decay=training.ema_decay,
+            ema_decay=built.ema_rate,
             seed=config.seed,
+            objective=built.objective,
             num_classes=config.model.num_classes,
             label_dropout=training.label_dropout,
         ),
@@ -249,9 +252,7 @@ def run_folder(workdir: Path) -> Iterator[None]:
 
 def resume(checkpoints: Checkpoints, abstract: TrainState, placed: Any) -> TrainState | None:
     """The state of the newest good checkpoint, placed on the devices; None without one."""
-    items = {"params": abstract.params, "ema_params": abstract.ema_params,
-             "opt_state": abstract.opt_state}  # fmt: skip
-    found = checkpoints.restore(sharding.abstract_like(items, placed), say)
+    found = checkpoints.restore(sharding.abstract_like(items_of(abstract), placed), say)
     if found is None:
         return None
     items, meta = found

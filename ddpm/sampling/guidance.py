@@ -59,7 +59,7 @@ def classifier_free(
             factor = jnp.where(_std(x_0) > 0, factor, 1.0)  # of one pixel, say
             x_0 = lift(rescale * factor + (1 - rescale), x_t) * x_0
             found = from_x_0(schedule, x_t, t, x_0)
-        return found._replace(log_variance=towards.log_variance)
+        return towards._replace(x_0=found.x_0, eps=found.eps)
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
         towards = conditional(x_t, t)

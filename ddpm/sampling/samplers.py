@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm.diffusion.gaussian import fixed_large
-from ddpm.diffusion.likelihood import ReverseVariance
 from ddpm.diffusion.predictions import Denoiser, Prediction, to_posterior_mean
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.variances import ReverseVariance, reverse_log_variance
 
 
 class Stride(NamedTuple):
@@ -102,10 +102,7 @@ def ancestral(variance: ReverseVariance = fixed_large, *, steps: int | None = No
         s: jax.Array,
         noise: Noise,
     ) -> jax.Array:
-        if prediction.log_variance is None:
-            log_variance = variance(schedule, t, s=s)
-        else:
-            log_variance = prediction.log_variance
+        log_variance = reverse_log_variance(schedule, prediction, t, s, variance)
         std = jnp.where(s > 0, jnp.exp(0.5 * log_variance), 0.0)
         return to_posterior_mean(schedule, x_t, t, prediction, s=s) + std * noise()
 

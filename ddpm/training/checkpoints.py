@@ -22,6 +22,13 @@ from ddpm.errors import InputError
 from ddpm.training.state import TrainState
 
 _ARRAYS = ("params", "ema_params", "opt_state")
+_IF_ANY = "loss_history"
+
+
+def items_of(state: TrainState) -> dict[str, Any]:
+    """The arrays of a checkpoint by name; the loss history where the objective keeps one."""
+    names = (*_ARRAYS, _IF_ANY) if jax.tree.leaves(state.loss_history) else _ARRAYS
+    return {name: getattr(state, name) for name in names}
 
 
 class Damaged(Exception):
@@ -39,7 +46,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
-        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS}
+        names = (*_ARRAYS, _IF_ANY)
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in names}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_names=tuple(handlers), item_handlers=handlers
@@ -51,7 +59,7 @@ class Checkpoints:
 
         `about` is what the checkpoint's meta says besides: the config, the images' shape.
         """
-        items = {name: getattr(state, name) for name in _ARRAYS}
+        items = items_of(state)
         meta = about | {
             "step": int(state.step),
             "digests": {name: digest(tree) for name, tree in items.items()},
@@ -81,7 +89,7 @@ class Checkpoints:
         """The newest good checkpoint, the items asked for and its meta; None without any.
 
         Args:
-          abstract: {"params" | "ema_params" | "opt_state": tree of ShapeDtypeStruct with sharding}.
+          abstract: some of `items_of` a state, as trees of ShapeDtypeStruct with sharding.
           say: takes a one-line warning.
 
         Raises InputError if the arrays are of another shape, or if every checkpoint is damaged:
@@ -133,7 +141,7 @@ class Checkpoints:
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             )
             meta = restored["meta"]
-            right = meta["step"] == step and set(meta["digests"]) == set(_ARRAYS)
+            right = meta["step"] == step and set(meta["digests"]) - {_IF_ANY} == set(_ARRAYS)
         except Exception as error:
             _raise_damaged("its meta cannot be read", error)
         if not right:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from ddpm.data.pipeline import to_float
-from ddpm.diffusion import losses, timesteps
-from ddpm.diffusion.predictions import denoiser
+from ddpm.diffusion import timesteps
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.training import ema
+from ddpm.training.objective import Objective, simple
 
 NUM_BUCKETS = 10
 # Streams of random numbers, each folded into the root key and then the step into it: nothing is
@@ -20,12 +21,16 @@ _INIT, _TIMES, _NOISE, _DROPOUT, _LABELS = range(5)
 
 
 class TrainState(NamedTuple):
-    """After `step` updates: the weights, their moving average, the optimiser's state."""
+    """After `step` updates: the weights, their moving average, the optimiser's state.
+
+    `loss_history` is that of the objective (`timesteps.LossHistory`), or () where it has none.
+    """
 
     step: jax.Array
     params: Any
     ema_params: Any
     opt_state: Any
+    loss_history: Any = ()
 
 
 class Metrics(NamedTuple):
@@ -70,13 +75,15 @@ def init(
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
     seed: int,
+    loss_history: Any = (),
 ) -> TrainState:
     """The state before the first step; the average starts from the weights."""
     key = jax.random.fold_in(jax.random.key(seed), _INIT)
     params = model.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,), jnp.int32))["params"]
     # A copy: both are donated to the step, and one buffer cannot be donated twice.
     ema_params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
+    opt_state = optimizer.init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state, loss_history)
 
 
 def make_train_step(
@@ -84,24 +91,28 @@ def make_train_step(
     schedule: NoiseSchedule,
     optimizer: optax.GradientTransformation,
     *,
-    ema_decay: float,
+    ema_decay: float | ema.Rate,
     seed: int,
+    objective: Objective | None = None,
     num_classes: int = 0,
     label_dropout: float = 0.0,
 ) -> TrainStep:
     """The step (state, metrics, images uint8[B, H, W, C], labels int[B] or None) -> (state,
     metrics): pure, to be jitted.
 
-    Algorithm 1: L_simple at uniform t; dropout on, nothing clipped but the gradient. Each label is
-    replaced by num_classes, 'no label', with probability `label_dropout` (Ho & Salimans 2022).
+    By default Algorithm 1: L_simple at uniform t. Dropout is on, nothing clipped but the gradient.
+    `ema_decay` is one number, or a rate of `ema`. Each label is replaced by num_classes, 'no
+    label', with probability `label_dropout` (Ho & Salimans 2022).
     """
     root = jax.random.key(seed)
+    aim = objective or simple(schedule)
+    rate = ema_decay if callable(ema_decay) else ema.constant(ema_decay)
 
     def loss_fn(
-        params: Any, x_0: jax.Array, labels: jax.Array | None, step: jax.Array
+        params: Any, x_0: jax.Array, labels: jax.Array | None, step: jax.Array, history: Any
     ) -> tuple[jax.Array, Any]:
         stream = lambda s: jax.random.fold_in(jax.random.fold_in(root, s), step)  # noqa: E731
-        t = timesteps.uniform(schedule, stream(_TIMES), len(x_0))
+        t, factor = aim.draw(history, stream(_TIMES), len(x_0))
         eps = jax.random.normal(stream(_NOISE), x_0.shape)
         conditions: tuple[jax.Array, ...] = ()  # a network without labels need not take any
         if labels is not None:
@@ -114,19 +125,23 @@ def make_train_step(
                 model.apply({"params": params}, x_t, t, *conditions, train=True, rngs=rngs)
             )
 
-        loss = losses.simple(schedule, denoiser(schedule, network), x_0, t, eps)
-        return loss.mean(), (loss, t)
+        loss = aim.loss(aim.denoiser(network), x_0, t, eps)
+        return (loss if factor is None else factor * loss).mean(), (loss, t)
 
     def train_step(
         state: TrainState, metrics: Metrics, images: jax.Array, labels: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, per_example), grads = grad_fn(state.params, to_float(images), labels, state.step)
+        x_0, history = to_float(images), state.loss_history
+        (loss, per_example), grads = grad_fn(state.params, x_0, labels, state.step, history)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
+        ema_params = optax.incremental_update(params, state.ema_params, rate(state.step + 1))
         metrics = _add(metrics, state.step, loss, optax.tree.norm(grads), *per_example)
-        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+        if isinstance(history, timesteps.LossHistory):
+            of_examples, t = per_example
+            history = timesteps.record(history, t, of_examples)
+        return TrainState(state.step + 1, params, ema_params, opt_state, history), metrics
 
     def _add(
         m: Metrics,
@@ -136,6 +151,7 @@ def make_train_step(
         losses: jax.Array,
         t: jax.Array,
     ) -> Metrics:
+        t = jnp.ceil(t).astype(jnp.int32)  # of the step that a fractional time is in
         bucket = (t - 1) * NUM_BUCKETS // schedule.num_steps
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         return Metrics(

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm import Prediction, clipped, denoiser, predictions, q_sample, schedules
-from tests.exact import NAMES, close, pair
+from ddpm import Prediction, clipped, denoiser, predictions, q_sample, schedules, weights
+from tests.exact import NAMES, close, gaussian_denoiser, pair
 
 # Compiled or not; short chains only compiled, for the tests' own speed.
 LENGTHS = [(1, True), (7, True), (1000, True), (1000, False)]
@@ -192,3 +192,50 @@ def test_posterior_mean_of_any_step():
     of_x_0, of_x_t, _ = (x[:, None] for x in exact.posterior(s, t))
     mean = np.float32(of_x_0 * x_0 + of_x_t * x_t)
     close(predictions.from_posterior_mean(schedule, x_t, t, mean, s=s).x_0, x_0, rtol=2e-4)
+
+
+def test_preconditioning_of_karras():
+    """In his terms, x = x_t/alpha and sigma: D = c_skip x + c_out F(c_in x, log(sigma)/4)."""
+    schedule, exact = pair("cosine", 50)
+    t = np.arange(1, 51)
+    x_t = np.float32(np.random.default_rng(3).normal(size=(50, 3)))
+    network = lambda x, c: jnp.tanh(2 * x) + c[:, None]  # noqa: E731
+    found = jax.jit(predictions.preconditioned(schedule, network, sigma_data=0.7))(x_t, t)
+    sigma = (exact.sigma / np.where(exact.alpha == 0, np.nan, exact.alpha))[t][:, None]
+    x = x_t * np.sqrt(1 + sigma**2)
+    total = sigma**2 + 0.7**2
+    f = np.tanh(2 * x / np.sqrt(total)) + np.log(sigma) / 4
+    d = 0.7**2 / total * x + sigma * 0.7 / np.sqrt(total) * f
+    close(found.x_0, d, rtol=1e-4, atol=1e-5)
+    close(jax.jit(q_sample)(schedule, found.x_0, t, found.eps), x_t, atol=1e-5)
+
+
+def test_preconditioned_network_sees_and_is_asked_for_unit_variance():
+    """Of data with sigma_data, at every noise level; and EDM's weight makes its loss plain."""
+    schedule, exact = pair("linear", 50)
+    t = np.arange(1, 51)
+    x_0, eps = (
+        jax.random.normal(jax.random.key(0), (2, 50, 4000)) * np.array([0.7, 1])[:, None, None]
+    )
+    x_t = q_sample(schedule, x_0, t, eps)
+    seen = {}
+
+    def network(x, c):
+        seen["x"] = x
+        return jnp.zeros_like(x)
+
+    weight = weights.edm(0.7)(schedule.log_snr[t])[:, None]
+    skip = predictions.preconditioned(schedule, network, sigma_data=0.7)(x_t, t)
+    wanted = (x_0 - skip.x_0) * jnp.sqrt(weight)  # by c_out, of either sign
+    close(seen["x"].std(axis=1), 1, rtol=0.05)
+    close(wanted.std(axis=1), 1, rtol=0.05)
+    # The best for such Gaussian data is no network at all.
+    close(skip.x_0, gaussian_denoiser(exact, 0.0, 0.49)(x_t, t).x_0, rtol=1e-3, atol=1e-4)
+
+
+def test_preconditioning_needs_some_signal_at_the_end():
+    with pytest.raises(ValueError, match="sigma is infinite"):
+        predictions.preconditioned(schedules.jsd(10), lambda x, c: x)
+    wrong = predictions.preconditioned(schedules.linear(10), lambda x, c: x[:, :1])
+    with pytest.raises(ValueError, match="shapes must be equal"):
+        wrong(jnp.ones((2, 3)), jnp.array([1, 2]))

@@ -283,3 +283,24 @@ def test_log_snr_is_linear_between_times(name):
         assert schedule.at(np.float32(whole)) == schedule.at(whole)
     assert np.isnan(schedule.at(np.float32([-0.5, 0.5, 50.5])).high).all()
     close(schedule.time_of(np.float32([1e3, -1e3])), [1, 50])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_terminal_snr(name):
+    """By its formula in float64; alpha_1 stays, alpha_T = 0, and all between falls."""
+    schedule, exact = pair(name, 20)
+    rescaled = schedules.zero_terminal_snr(schedule)
+    alpha = exact.alpha[1:]
+    expected = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    close(rescaled.at(np.arange(1, 21)).alpha, expected, rtol=1e-5)
+    close(rescaled.log_snr[1], schedule.log_snr[1], rtol=1e-6)
+    assert rescaled.log_snr[20] == -np.inf
+    assert rescaled.ends_without_signal()
+    close(rescaled.beta[-1], 1)
+    again = schedules.zero_terminal_snr(rescaled)
+    close(again.log_snr[1:-1], rescaled.log_snr[1:-1], rtol=1e-5)
+
+
+def test_zero_terminal_snr_of_a_single_step_is_refused():
+    with pytest.raises(ValueError, match="one step"):
+        schedules.zero_terminal_snr(schedules.linear(1))

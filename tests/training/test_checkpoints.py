@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm.diffusion.timesteps import LossHistory
 from ddpm.errors import InputError
 from ddpm.training import sharding
-from ddpm.training.checkpoints import Checkpoints, digest, saved_meta
+from ddpm.training.checkpoints import Checkpoints, digest, items_of, saved_meta
 from ddpm.training.state import TrainState, adam
 
 
@@ -17,12 +18,8 @@ def state_at(step, size=300):
     return TrainState(jnp.int32(step), params, ema, adam(1e-3, warmup_steps=10).init(params))
 
 
-def items(state):
-    return {name: getattr(state, name) for name in ("params", "ema_params", "opt_state")}
-
-
 def abstract(state):
-    return sharding.abstract_like(items(state), sharding.replicated(sharding.data_mesh()))
+    return sharding.abstract_like(items_of(state), sharding.replicated(sharding.data_mesh()))
 
 
 @pytest.fixture
@@ -46,14 +43,14 @@ def restore(folder, state, **options):
 
 
 def assert_equal(found, state):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(items(state)), strict=True):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(items_of(state)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_newest_comes_back_bit_for_bit(saved):
     (found, meta), said = restore(saved, state_at(0))
     assert_equal(found, state_at(30))
-    assert jax.tree.structure(found) == jax.tree.structure(items(state_at(0)))
+    assert jax.tree.structure(found) == jax.tree.structure(items_of(state_at(0)))
     assert (meta["step"], meta["config"], said) == (30, {"seed": 1}, [])
     assert saved_meta(saved)["config"] == {"seed": 1}
 
@@ -176,3 +173,22 @@ def test_digest_changes_with_any_bit(dtype):
         assert other[0] != before[0]
         assert other[1] == before[1]
     assert digest({"x": x[::-1]}) != digest({"x": x})
+
+
+def test_history_of_losses_comes_back_where_there_is_one(saved):
+    history = LossHistory(jax.random.normal(jax.random.key(0), (20, 10)), jnp.arange(20))
+    state = state_at(40)._replace(loss_history=history)
+    checkpoints = Checkpoints(saved, keep=3)
+    checkpoints.save(state, {})
+    checkpoints.wait()
+    placed = sharding.replicated(sharding.data_mesh())
+    found, meta = checkpoints.restore(sharding.abstract_like(items_of(state), placed), print)
+    checkpoints.close()
+    assert meta["step"] == 40
+    for a, b in zip(found["loss_history"], history, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert "loss_history" not in items_of(state_at(40))
+    # Who has no use for it does not need it, as sampling does not.
+    (found, _), said = restore(saved, state_at(40))
+    assert_equal(found, state_at(40))
+    assert said == []

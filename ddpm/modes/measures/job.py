@@ -83,6 +83,17 @@ def prepare(
             "learned (config.training.label_dropout = 0): leave 'bound' and 'flow' out of "
             "config.evaluation.parts"
         )
+    prediction = config.diffusion.prediction
+    if "flow" in parts and prediction == "posterior_mean":
+        raise InputError(
+            "config.diffusion.prediction = 'posterior_mean' is of whole times, and the flow's are "
+            "not: leave 'flow' out of config.evaluation.parts"
+        )
+    if "flow" in parts and run.built.schedule.ends_without_signal():
+        raise InputError(
+            "the schedule leaves no signal at t = T, so its flow has no end in log-SNR: leave "
+            "'flow' out of config.evaluation.parts"
+        )
 
     @functools.cache
     def samples(seed: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from ddpm.evaluation import bound as bounds
 from ddpm.evaluation import distances, report
 from ddpm.evaluation.report import number
 from ddpm.modes.measures.job import Job, Measured, batches
+from ddpm.objectives import variance_name
 
 LEAST_PROBABILITY = 1e-12
 
@@ -42,7 +43,7 @@ def bound(job: Job) -> Measured:
     figures, rows, fragments = {}, [], []
     how = "all T terms" if every else f"{e.bound_times} of T terms for each image"
     clip = "x_0 clipped" if config.sampling.clip else "not clipped"
-    about = f"{how}; {config.sampling.variance}, {clip}, decoder at least {LEAST_PROBABILITY:g}"
+    about = f"{how}; {variance_name(config)}, {clip}, decoder at least {LEAST_PROBABILITY:g}"
     about += _unlabelled(config)
     for name, source in job.splits.items():
         parts = batches(job, source, e.bound_images, f"bound, {name}")

@@ -1,0 +1,25 @@
+"""Averages of the weights, on the digits.
+
+    python main.py --config=configs/ablations/averages.py:power
+
+`half_life` is of as many images as are behind half of the constant's average.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import digits
+from ddpm.config import variant
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "constant": {"training.ema": "constant"},
+    "warm_up": {"training.ema": "warm_up"},
+    "half_life": {"training.ema": "half_life", "training.ema_images": 22_000},
+    "power": {"training.ema": "power", "training.ema_relative_std": 0.1},
+}
+
+
+def get_config(name: str = "") -> ConfigDict:
+    """The config of that name."""
+    return variant(digits.get_config(), VARIANTS, name)

@@ -1,0 +1,33 @@
+"""The bound as the loss, on the digits.
+
+    python main.py --config=configs/ablations/bounds.py:continuous
+
+`whole` and `learned` are Eq. 5; `important` draws its t by the losses; `continuous` is the limit as
+T grows, `even` the same with t evenly spread in a batch.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import digits
+from ddpm.config import variant
+
+_BOUND = {"training.loss": "bound", "training.grad_clip": 1000.0}
+_CONTINUOUS = {
+    "training.loss": "continuous_bound",
+    "training.grad_clip": 1000.0,
+    "sampling.variance": "fixed_small",
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "whole": _BOUND | {"diffusion.variance": "fixed_small", "sampling.variance": "fixed_small"},
+    "learned": _BOUND | {"diffusion.variance": "learned_range"},
+    "important": _BOUND | {"diffusion.variance": "learned_range", "training.times": "importance"},
+    "continuous": _CONTINUOUS,
+    "even": _CONTINUOUS | {"training.times": "low_discrepancy"},
+}
+
+
+def get_config(name: str = "") -> ConfigDict:
+    """The config of that name."""
+    return variant(digits.get_config(), VARIANTS, name)

@@ -1,0 +1,31 @@
+"""What the network puts out, on the digits: one objective, L_simple, through each.
+
+    python main.py --config=configs/ablations/predictions.py:v
+
+Read by the same weight, the squared error of eps, they differ in what the network has to do alone.
+`edm` is preconditioned; `v_of_its_own` and `x_0_of_its_own` weigh their own errors alike.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import digits
+from ddpm.config import variant
+
+_SAME = {"training.loss_weight": "simple"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "eps": _SAME,
+    "x_0": _SAME | {"diffusion.prediction": "x_0"},
+    "v": _SAME | {"diffusion.prediction": "v"},
+    "score": _SAME | {"diffusion.prediction": "score"},
+    "posterior_mean": _SAME | {"diffusion.prediction": "posterior_mean"},
+    "edm": _SAME | {"diffusion.prediction": "edm"},
+    "x_0_of_its_own": {"diffusion.prediction": "x_0"},
+    "v_of_its_own": {"diffusion.prediction": "v"},
+}
+
+
+def get_config(name: str = "") -> ConfigDict:
+    """The config of that name."""
+    return variant(digits.get_config(), VARIANTS, name)

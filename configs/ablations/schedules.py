@@ -1,0 +1,33 @@
+"""Noise schedules on the digits, the network's size and training the same.
+
+    python main.py --config=configs/ablations/schedules.py:sigmoid
+
+`zero_terminal` is the linear one rescaled to end without signal, for which v is predicted;
+`linear_v` is that without.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import digits
+from ddpm.config import variant
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "linear": {"diffusion.schedule": "linear"},
+    "quadratic": {"diffusion.schedule": "quadratic"},
+    "cosine": {"diffusion.schedule": "cosine"},
+    "sigmoid": {"diffusion.schedule": "sigmoid"},
+    "linear_log_snr": {"diffusion.schedule": "linear_log_snr"},
+    "linear_v": {"diffusion.schedule": "linear", "diffusion.prediction": "v"},
+    "zero_terminal": {
+        "diffusion.schedule": "linear",
+        "diffusion.prediction": "v",
+        "diffusion.zero_terminal_snr": True,
+    },
+}
+
+
+def get_config(name: str = "") -> ConfigDict:
+    """The config of that name."""
+    return variant(digits.get_config(), VARIANTS, name)

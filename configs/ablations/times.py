@@ -1,0 +1,23 @@
+"""How t is drawn, on the digits, with L_simple.
+
+    python main.py --config=configs/ablations/times.py:low_discrepancy
+
+`log_normal` and `logit_normal` are weights too: their losses are not corrected for the draw.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import digits
+from ddpm.config import variant
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    name: {"training.times": name}
+    for name in ("uniform", "low_discrepancy", "importance", "log_normal", "logit_normal")
+}
+
+
+def get_config(name: str = "") -> ConfigDict:
+    """The config of that name."""
+    return variant(digits.get_config(), VARIANTS, name)

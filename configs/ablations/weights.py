@@ -1,0 +1,34 @@
+"""Weights of the squared error, on the digits; the network predicts v.
+
+    python main.py --config=configs/ablations/weights.py:min_snr
+
+`likelihood` and `sigmoid` are integrals over log-SNR; `l1` and `huber` are of v itself.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import digits
+from ddpm.config import variant
+
+_V = {"diffusion.prediction": "v"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    name: _V | {"training.loss_weight": name}
+    for name in (
+        "none",
+        "simple",
+        "x_0",
+        "min_snr",
+        "truncated_snr",
+        "p2",
+        "sigmoid",
+        "edm",
+        "likelihood",
+    )
+} | {name: _V | {"training.loss": name} for name in ("l1", "huber")}
+
+
+def get_config(name: str = "") -> ConfigDict:
+    """The config of that name."""
+    return variant(digits.get_config(), VARIANTS, name)

@@ -1,0 +1,71 @@
+"""The reverse variance, that of p(x_s | x_t): fixed, or learned with the mean.
+
+A network that learns it has twice the data's channels; what the second half means:
+
+    learned_diagonal   the log-variance itself (Ho et al. 2020, Table 2), of steps from t to t - 1
+    learned_range      a place between the two fixed ones (Nichol & Dhariwal 2021, Eq. 15), of any
+                       step, so that a chain may have fewer
+
+Whoever needs the variance of a step asks `reverse_log_variance`.
+"""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from ddpm.diffusion.gaussian import fixed_small, lift, same_shape
+from ddpm.diffusion.predictions import Prediction
+from ddpm.diffusion.schedules import NoiseSchedule
+
+
+class ReverseVariance(Protocol):
+    """`fixed_small`, `fixed_large` or the like: the log-variance of p(x_s | x_t) by (t, s)."""
+
+    def __call__(
+        self, schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = None
+    ) -> jax.Array: ...
+
+
+def learned_diagonal(prediction: Prediction, raw: jax.Array) -> Prediction:
+    """The output as the log-variance of p(x_{t-1} | x_t), in the shape of x_0."""
+    same_shape(x_0=prediction.x_0, log_variance=raw)
+    return prediction._replace(log_variance=raw)
+
+
+def learned_range(prediction: Prediction, raw: jax.Array) -> Prediction:
+    """The output v as the fraction f = (v + 1)/2; nothing holds it in [0, 1], as in the paper."""
+    same_shape(x_0=prediction.x_0, variance=raw)
+    return prediction._replace(variance_fraction=(raw + 1) / 2)
+
+
+def range_log_variance(
+    schedule: NoiseSchedule, fraction: jax.Array, t: jax.Array, s: jax.Array
+) -> jax.Array:
+    """f log beta_{t|s} + (1 - f) log beta-tilde (IDDPM, Eq. 15), in the shape of the fraction f.
+
+    Beta-tilde at s = 0 is that of `fixed_small`; beta_{t|0}, which is finite, is itself.
+    """
+    step = schedule.between(s, t)
+    large = step.t.log_sigma_squared + step.log_snr_loss
+    large, small = lift(large, fraction), lift(fixed_small(schedule, t, s=s), fraction)
+    return fraction * large + (1 - fraction) * small
+
+
+def reverse_log_variance(
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    t: jax.Array,
+    s: jax.Array,
+    variance: ReverseVariance,
+) -> jax.Array:
+    """The log-variance of p(x_s | x_t): what the prediction says of it, else `variance`'s.
+
+    Broadcastable against x_0. Of a `learned_diagonal` it is only right for s = t - 1.
+    """
+    t, s = jnp.asarray(t), jnp.asarray(s)
+    if prediction.log_variance is not None:
+        return prediction.log_variance
+    if prediction.variance_fraction is not None:
+        return range_log_variance(schedule, prediction.variance_fraction, t, s)
+    return lift(variance(schedule, t, s=s), prediction.x_0)

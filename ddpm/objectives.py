@@ -1,0 +1,225 @@
+"""Config -> training objective, the names of `experiment` that have to do with the loss; and which
+of them do not go together."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ddpm.config import flatten
+from ddpm.diffusion import losses, predictions, timesteps, variances, weights
+from ddpm.diffusion.gaussian import fixed_large, fixed_small
+from ddpm.diffusion.losses import Criterion, Target
+from ddpm.diffusion.predictions import Denoiser, LearnedVariance, Network, Reading
+from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.variances import ReverseVariance
+from ddpm.errors import InputError
+from ddpm.training import ema
+from ddpm.training.objective import Draw, Loss, Objective
+
+
+class Predicted(NamedTuple):
+    """How to read the output, and the error that an unweighted loss is of."""
+
+    reading: Reading
+    target: Target
+
+
+PREDICTIONS = {
+    "eps": Predicted(predictions.from_eps, losses.of_eps),
+    "x_0": Predicted(predictions.from_x_0, losses.of_x_0),
+    "v": Predicted(predictions.from_v, losses.of_v),
+    "score": Predicted(predictions.from_score, losses.of_score),
+    "posterior_mean": Predicted(predictions.from_posterior_mean, losses.of_posterior_mean),
+}
+FIXED: dict[str, ReverseVariance] = {"fixed_large": fixed_large, "fixed_small": fixed_small}
+LEARNED: dict[str, LearnedVariance] = {
+    "learned": variances.learned_diagonal,
+    "learned_range": variances.learned_range,
+}
+DISTANCES: dict[str, Callable[[Any], Callable[[jax.Array], jax.Array]]] = {
+    "mse": lambda training: jnp.square,
+    "l1": lambda training: jnp.abs,
+    "huber": lambda training: losses.huber(training.huber_delta),
+}
+WEIGHTS: dict[str, Callable[[Any], Criterion]] = {
+    "simple": lambda config: losses.weighted(weights.simple),
+    "x_0": lambda config: losses.weighted(weights.x_0),
+    "v": lambda config: losses.weighted(weights.v),
+    "min_snr": lambda config: losses.weighted(weights.min_snr(config.training.min_snr_gamma)),
+    "truncated_snr": lambda config: losses.weighted(weights.truncated_snr),
+    "p2": lambda config: losses.weighted(weights.p2()),
+    "edm": lambda config: losses.weighted(weights.edm(config.diffusion.sigma_data)),
+    "sigmoid": lambda config: losses.weighted(
+        weights.sigmoid(config.training.sigmoid_bias), over_log_snr=True
+    ),
+    "likelihood": lambda config: losses.weighted(weights.simple, over_log_snr=True),
+}
+# Where in [0, 1) the times are.
+PLACES: dict[str, Callable[[jax.Array, int], jax.Array]] = {
+    "uniform": lambda key, n: jax.random.uniform(key, (n,)),
+    "low_discrepancy": timesteps.low_discrepancy,
+    "logit_normal": timesteps.logit_normal,
+}
+EMAS: dict[str, Callable[[Any], ema.Rate]] = {
+    "constant": lambda t: ema.constant(t.ema_decay),
+    "warm_up": lambda t: ema.warm_up(t.ema_decay),
+    "half_life": lambda t: ema.half_life(t.ema_images, t.batch_size),
+    "power": lambda t: ema.power(t.ema_relative_std),
+}
+
+
+def objective(config: ConfigDict, schedule: NoiseSchedule) -> Objective:
+    """The objective by its names; InputError for those that do not go together."""
+    check_objective(config, schedule)
+    history: Any = ()
+    if config.training.times == "importance":
+        history = timesteps.LossHistory.empty(schedule.num_steps)
+    return Objective(
+        _denoiser(config, schedule), _draw(config, schedule), _loss(config, schedule), history
+    )
+
+
+def ema_rate(config: ConfigDict) -> ema.Rate:
+    """How fast the average of the weights follows them."""
+    return EMAS[config.training.ema](config.training)
+
+
+def channels_out(config: ConfigDict, channels: int) -> int:
+    """Of the network: twice the data's where it learns the variance."""
+    return channels * (2 if config.diffusion.variance in LEARNED else 1)
+
+
+def variance_name(config: ConfigDict) -> str:
+    """Of the reverse steps in samples and bounds: the learned one, where there is one."""
+    learned = config.diffusion.variance in LEARNED
+    return config.diffusion.variance if learned else config.sampling.variance
+
+
+def _denoiser(config: ConfigDict, schedule: NoiseSchedule) -> Callable[[Network], Denoiser]:
+    d = config.diffusion
+    if d.prediction == "edm":
+        return lambda network: predictions.preconditioned(
+            schedule, network, sigma_data=d.sigma_data
+        )
+    reading, learned = PREDICTIONS[d.prediction].reading, LEARNED.get(d.variance)
+    return lambda network: predictions.denoiser(schedule, network, reading, learned=learned)
+
+
+def _draw(config: ConfigDict, schedule: NoiseSchedule) -> Draw:
+    kind = config.training.times
+    fractional = config.training.loss == "continuous_bound"
+
+    def draw(history: Any, key: jax.Array, n: int) -> tuple[jax.Array, jax.Array | None]:
+        if kind == "importance":
+            return timesteps.draw_important(history, key, n)
+        if kind == "log_normal":
+            return timesteps.log_normal(schedule, key, n), None
+        if kind == "uniform" and not fractional:
+            return timesteps.uniform(schedule, key, n), None
+        to_times = timesteps.within if fractional else timesteps.whole
+        return to_times(schedule, PLACES[kind](key, n)), None
+
+    return draw
+
+
+def _loss(config: ConfigDict, schedule: NoiseSchedule) -> Loss:
+    d, t = config.diffusion, config.training
+    if t.loss == "bound":
+        variance = FIXED.get(d.variance, fixed_large)  # of no say where it is learned
+        return functools.partial(losses.bound, schedule, variance=variance)
+    if t.loss == "continuous_bound":
+        return functools.partial(losses.continuous_bound, schedule)
+    if t.loss_weight != "none":
+        criterion = WEIGHTS[t.loss_weight](config)
+    elif d.prediction == "edm":
+        criterion = WEIGHTS["edm"](config)  # which is 1 on what the network puts out
+    else:
+        distance = DISTANCES["mse" if t.loss == "hybrid" else t.loss](t)
+        criterion = losses.distance(PREDICTIONS[d.prediction].target, distance)
+    if t.loss == "hybrid":
+        return functools.partial(losses.hybrid, schedule, criterion=criterion)
+    return functools.partial(losses.regression, schedule, criterion=criterion)
+
+
+def check_objective(config: ConfigDict, schedule: NoiseSchedule) -> None:
+    """InputError, with the reason, for names that do not go together."""
+    d, t, s = config.diffusion, config.training, config.sampling
+    learned, dark = d.variance in LEARNED, schedule.ends_without_signal()
+    bound = t.loss in ("bound", "continuous_bound")
+    over_log_snr = t.loss_weight in ("sigmoid", "likelihood")
+    uneven = t.times in ("log_normal", "logit_normal")
+    fractional = t.times == "log_normal" or t.loss == "continuous_bound"
+    for holds, key, why in (
+        (
+            dark and d.prediction in ("eps", "score", "edm"),
+            "diffusion.prediction",
+            "the schedule leaves no signal at t = T (alpha_T = 0 in float32), where that does not "
+            "tell x_0: predict x_0 or v, or choose another schedule",
+        ),
+        (
+            dark and (over_log_snr or t.loss == "continuous_bound"),
+            "training.loss_weight" if over_log_snr else "training.loss",
+            "it is an integral over log-SNR, which has no end where the schedule leaves no signal "
+            "at t = T",
+        ),
+        (
+            learned and t.loss not in ("hybrid", "bound"),
+            "diffusion.variance",
+            f"config.training.loss = {t.loss!r} says nothing of the variance: take 'hybrid' or "
+            "'bound'",
+        ),
+        (
+            learned and d.prediction == "edm",
+            "diffusion.variance",
+            "EDM's preconditioning is of x_0 alone: take 'fixed_large'",
+        ),
+        (
+            t.loss == "hybrid" and not learned,
+            "training.loss",
+            f"its bound is to learn the variance, and config.diffusion.variance = {d.variance!r}",
+        ),
+        (
+            t.loss_weight != "none" and t.loss not in ("mse", "hybrid"),
+            "training.loss_weight",
+            "the bound has its own weights: take 'none'"
+            if bound
+            else f"weights are of squared errors, not of config.training.loss = {t.loss!r}",
+        ),
+        (
+            d.prediction == "edm" and t.loss in ("l1", "huber"),
+            "training.loss",
+            "EDM's network is trained by the squared error: take 'mse'",
+        ),
+        (
+            uneven and (bound or over_log_snr or t.loss == "hybrid"),
+            "training.times",
+            "the loss is an integral over evenly drawn times: take 'uniform', 'low_discrepancy' "
+            "or, for whole times, 'importance'",
+        ),
+        (
+            t.times == "importance" and t.loss == "continuous_bound",
+            "training.times",
+            "it remembers the losses of whole times, and config.training.loss = "
+            "'continuous_bound' is of fractional ones",
+        ),
+        (
+            fractional and d.prediction == "posterior_mean",
+            "diffusion.prediction",
+            "it is of the step from t to t - 1, and times are fractional with "
+            + ("log_normal times" if t.times == "log_normal" else "the continuous bound"),
+        ),
+        (
+            d.variance == "learned"
+            and s.sampler == "ancestral"
+            and 0 < s.steps < schedule.num_steps,
+            "sampling.steps",
+            "config.diffusion.variance = 'learned' is that of single steps from t to t - 1: take "
+            "0, all T, or config.sampling.sampler = 'ddim', or train with 'learned_range'",
+        ),
+    ):
+        if holds:
+            raise InputError(f"config.{key} = {flatten(config)[key]!r}: {why}")

@@ -1,0 +1,343 @@
+"""Config -> objective: each name is the function it should be, and what cannot be is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm import (
+    denoiser,
+    fixed_small,
+    likelihood,
+    losses,
+    objectives,
+    predictions,
+    schedules,
+    timesteps,
+    variances,
+    weights,
+)
+from ddpm.config import CHOICES, default
+from ddpm.data.sources import ArraySource
+from ddpm.errors import InputError
+from ddpm.experiment import build, check_model, noise_schedule, with_settings
+from ddpm.interop import settings
+from ddpm.interop.weights import export
+from ddpm.modes.loading import Run
+from ddpm.modes.measures.job import prepare
+
+T = 20
+X_0, EPS = np.float32(np.random.default_rng(0).normal(size=(2, 5, 4)).clip(-1, 1))
+TIMES = jnp.array([1, 2, 8, 19, 20])
+SCHEDULE = schedules.cosine(T)
+
+
+def configured(**values):
+    config = default()
+    config.diffusion.update(num_steps=T, schedule="cosine")
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
+    return config
+
+
+def objective_of(**values):
+    config = configured(**values)
+    return objectives.objective(config, noise_schedule(config))
+
+
+def single(x_t, t):
+    return 0.3 * x_t + 0.01 * t[:, None]
+
+
+def double(x_t, t):
+    return jnp.concatenate([single(x_t, t), jnp.tanh(x_t)], axis=-1)
+
+
+def loss_of(network, **values):
+    objective = objective_of(**values)
+    return objective.loss(objective.denoiser(network), X_0, TIMES, EPS)
+
+
+def plainly(reading, criterion):
+    return losses.regression(
+        SCHEDULE, denoiser(SCHEDULE, single, reading), X_0, TIMES, EPS, criterion
+    )
+
+
+@pytest.mark.parametrize("name", ["eps", "x_0", "v", "score", "posterior_mean"])
+def test_unweighted_loss_is_of_what_is_predicted(name):
+    """The paper's Table 2: the plain squared error of mu-tilde, or of eps."""
+    reading = getattr(predictions, f"from_{name}")
+    expected = plainly(reading, losses.distance(getattr(losses, f"of_{name}")))
+    found = loss_of(single, diffusion__prediction=name)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    if name != "score":  # by the definition: the output against the truth
+        x_t = SCHEDULE.at(TIMES).alpha[:, None] * X_0 + SCHEDULE.at(TIMES).sigma[:, None] * EPS
+        truth = predictions.Prediction(X_0, EPS)
+        target = {
+            "eps": EPS,
+            "x_0": X_0,
+            "v": predictions.to_v(SCHEDULE, TIMES, truth),
+            "posterior_mean": predictions.to_posterior_mean(SCHEDULE, x_t, TIMES, truth),
+        }[name]
+        direct = ((target - single(x_t, TIMES)) ** 2).mean(axis=1)
+        np.testing.assert_allclose(found, direct, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "of"), [("l1", jnp.abs), ("huber", losses.huber(0.3)), ("mse", jnp.square)]
+)
+def test_distances(loss, of):
+    found = loss_of(
+        single, diffusion__prediction="v", training__loss=loss, training__huber_delta=0.3
+    )
+    expected = plainly(predictions.from_v, losses.distance(losses.of_v, of))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+WEIGHTS = {
+    "simple": weights.simple,
+    "x_0": weights.x_0,
+    "v": weights.v,
+    "min_snr": weights.min_snr(3.0),
+    "truncated_snr": weights.truncated_snr,
+    "p2": weights.p2(),
+    "edm": weights.edm(0.5),
+    "sigmoid": weights.sigmoid(-1.0),
+    "likelihood": weights.simple,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights(name):
+    found = loss_of(
+        single,
+        diffusion__prediction="v",
+        training__loss_weight=name,
+        training__min_snr_gamma=3.0,
+        training__sigmoid_bias=-1.0,
+    )
+    over = name in ("sigmoid", "likelihood")
+    criterion = losses.weighted(WEIGHTS[name], over_log_snr=over)
+    np.testing.assert_allclose(found, plainly(predictions.from_v, criterion), rtol=1e-6)
+    assert {"none", *WEIGHTS} == set(CHOICES["training.loss_weight"])
+
+
+def test_bounds_and_hybrid():
+    exact = denoiser(SCHEDULE, single)
+    small = loss_of(single, training__loss="bound", diffusion__variance="fixed_small")
+    expected = losses.bound(SCHEDULE, exact, X_0, TIMES, EPS, variance=fixed_small)
+    np.testing.assert_allclose(small, expected, rtol=1e-6)
+    # What samples are drawn by may change on the way; what is trained may not.
+    assert not np.allclose(small, loss_of(single, training__loss="bound"), rtol=1e-3)
+    sampled = loss_of(single, training__loss="bound", sampling__variance="fixed_small")
+    np.testing.assert_allclose(sampled, loss_of(single, training__loss="bound"))
+    limit = loss_of(single, training__loss="continuous_bound")
+    np.testing.assert_allclose(limit, losses.continuous_bound(SCHEDULE, exact, X_0, TIMES, EPS))
+    for name, reading in (
+        ("learned", variances.learned_diagonal),
+        ("learned_range", variances.learned_range),
+    ):
+        learns = denoiser(SCHEDULE, double, predictions.from_v, learned=reading)
+        options = {"diffusion__variance": name, "diffusion__prediction": "v"}
+        found = loss_of(double, training__loss="bound", **options)
+        np.testing.assert_allclose(found, losses.bound(SCHEDULE, learns, X_0, TIMES, EPS))
+        found = loss_of(double, training__loss="hybrid", **options)
+        of_v = losses.distance(losses.of_v)
+        expected = losses.hybrid(SCHEDULE, learns, X_0, TIMES, EPS, of_v)
+        np.testing.assert_allclose(found, expected)
+        assert (
+            build(configured(training__loss="hybrid", **options), (16, 16, 3)).model.out_channels
+            == 6
+        )
+
+
+def test_preconditioned_network_is_trained_by_its_own_error():
+    found = loss_of(single, diffusion__prediction="edm", diffusion__schedule="edm")
+    schedule = noise_schedule(configured(diffusion__schedule="edm"))
+    denoise = predictions.preconditioned(schedule, single)
+    criterion = losses.weighted(weights.edm())
+    expected = losses.regression(schedule, denoise, X_0, TIMES, EPS, criterion)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        *((name, "mse") for name in CHOICES["training.times"]),
+        ("uniform", "continuous_bound"),
+        ("low_discrepancy", "continuous_bound"),
+    ],
+)
+def test_times(name, loss):
+    objective = objective_of(training__times=name, training__loss=loss)
+    n, key = 400, jax.random.key(1)
+    t, factor = objective.draw(objective.history, key, n)
+    assert t.shape == (n,)
+    assert ((t >= 1) & (t <= T)).all()
+    fractional = loss == "continuous_bound" or name == "log_normal"
+    assert jnp.issubdtype(t.dtype, jnp.floating if fractional else jnp.integer)
+    assert (factor is not None) == (name == "importance")
+    assert isinstance(objective.history, timesteps.LossHistory) == (name == "importance")
+    assert len(np.unique(np.ceil(t))) > 15
+
+
+def test_averages():
+    rates = {name: objectives.ema_rate(configured(training__ema=name)) for name in objectives.EMAS}
+    assert {*rates} == set(CHOICES["training.ema"])
+    at = {name: float(rate(jnp.int32(1000))) for name, rate in rates.items()}
+    assert at["constant"] == 1 - 0.9999
+    np.testing.assert_allclose(at["warm_up"], 9 / 1010, rtol=1e-5)
+    np.testing.assert_allclose(at["half_life"], 1 - 0.5 ** (128 / 6400), rtol=1e-5)
+    np.testing.assert_allclose(at["power"], 1 - (1 - 1e-3) ** 17.97, rtol=1e-3)  # gamma = 16.97
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"diffusion__schedule": "jsd"}, r"prediction = 'eps': the schedule leaves no signal"),
+        ({"diffusion__zero_terminal_snr": True}, r"prediction = 'eps': the schedule leaves no"),
+        (
+            {"diffusion__zero_terminal_snr": True, "diffusion__prediction": "score"},
+            r"prediction = 'score': .*predict x_0 or v",
+        ),
+        (
+            {"diffusion__zero_terminal_snr": True, "diffusion__prediction": "edm"},
+            r"prediction = 'edm': the schedule leaves no signal",
+        ),
+        (
+            {"diffusion__zero_terminal_snr": True, "diffusion__prediction": "v",
+             "training__loss_weight": "likelihood"},
+            r"loss_weight = 'likelihood': it is an integral over log-SNR, which has no end",
+        ),
+        (
+            {"diffusion__zero_terminal_snr": True, "diffusion__prediction": "v",
+             "training__loss": "continuous_bound"},
+            r"training.loss = 'continuous_bound': it is an integral over log-SNR",
+        ),
+        ({"diffusion__variance": "learned"}, r"'learned': .*loss = 'mse' says nothing of the var"),
+        (
+            {"diffusion__variance": "learned_range", "training__loss": "continuous_bound"},
+            r"'continuous_bound' says nothing of the variance: take 'hybrid' or 'bound'",
+        ),
+        (
+            {"diffusion__variance": "learned", "diffusion__prediction": "edm",
+             "training__loss": "hybrid"},
+            r"EDM's preconditioning is of x_0 alone",
+        ),
+        ({"training__loss": "hybrid"}, r"'hybrid': .*config.diffusion.variance = 'fixed_large'"),
+        (
+            {"training__loss": "bound", "training__loss_weight": "min_snr"},
+            r"loss_weight = 'min_snr': the bound has its own weights",
+        ),
+        (
+            {"training__loss": "l1", "training__loss_weight": "p2"},
+            r"weights are of squared errors, not of config.training.loss = 'l1'",
+        ),
+        (
+            {"training__loss": "huber", "diffusion__prediction": "edm"},
+            r"EDM's network is trained by the squared error",
+        ),
+        (
+            {"training__loss": "bound", "training__times": "log_normal"},
+            r"times = 'log_normal': the loss is an integral over evenly drawn times",
+        ),
+        (
+            {"training__loss_weight": "sigmoid", "training__times": "logit_normal"},
+            r"times = 'logit_normal': the loss is an integral over evenly drawn times",
+        ),
+        (
+            {"training__loss": "continuous_bound", "training__times": "importance"},
+            r"times = 'importance': it remembers the losses of whole times",
+        ),
+        (
+            {"diffusion__prediction": "posterior_mean", "training__times": "log_normal"},
+            r"'posterior_mean': it is of the step from t to t - 1, .*with log_normal times",
+        ),
+        (
+            {"diffusion__variance": "learned", "training__loss": "bound", "sampling__steps": 10},
+            r"sampling.steps = 10: .*train with 'learned_range'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused_with_the_reason(values, said):
+    with pytest.raises(InputError, match=said) as error:
+        build(configured(**values), (16, 16, 3))
+    assert "\n" not in str(error.value)
+
+
+def test_what_goes_together_is_not_refused():
+    for values in (
+        {"diffusion__zero_terminal_snr": True, "diffusion__prediction": "v"},
+        {"diffusion__schedule": "jsd", "diffusion__prediction": "x_0", "training__loss": "bound"},
+        {"diffusion__variance": "learned_range", "training__loss": "hybrid", "sampling__steps": 10},
+        {"diffusion__variance": "learned", "training__loss": "bound", "sampling__steps": 10,
+         "sampling__sampler": "ddim"},
+        {"training__loss": "hybrid", "diffusion__variance": "learned_range",
+         "training__loss_weight": "min_snr", "training__times": "importance"},
+    ):  # fmt: skip
+        objective_of(**values)
+
+
+def test_evaluation_and_samples_use_the_learned_variance():
+    """All the way from the network's channels, through clipping, to the bound's terms."""
+    config = configured(training__loss="hybrid", diffusion__variance="learned_range")
+    config.model.update(channels=8, num_groups=4, channel_multipliers=(1,), num_res_blocks=1,
+                        attention_resolutions=(), dropout=0.0)  # fmt: skip
+    built = build(config, (4, 4, 1))
+    shapes = check_model(built.model, built.image_shape)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: np.float32(0.3 * rng.normal(size=x.shape)), shapes)
+    x_0, t = rng.integers(0, 256, (2, 4, 4, 1)) / np.float32(127.5) - 1, jnp.array([5, 20])
+
+    @jax.jit
+    def both(params):
+        said = built.denoiser(params)(x_0, t)
+        raw = built.model.apply({"params": params}, x_0, t)[..., 1:]
+        terms = [
+            likelihood.step_kl(built.schedule, x_0, t, p)
+            for p in (said, said._replace(variance_fraction=None))
+        ]
+        return said, raw, terms
+
+    said, raw, (learned, fixed) = both(params)
+    np.testing.assert_allclose(said.variance_fraction, (raw + 1) / 2, rtol=1e-5, atol=1e-6)
+    assert abs(said.x_0).max() <= 1
+    assert (abs(learned / fixed - 1) > 1e-3).all()
+    assert objectives.variance_name(config) == "learned_range"
+    assert objectives.variance_name(configured()) == "fixed_large"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"diffusion__prediction": "posterior_mean"}, "'posterior_mean' is of whole times"),
+        (
+            {"diffusion__prediction": "v", "diffusion__zero_terminal_snr": True},
+            "no end in log-SNR: leave 'flow' out",
+        ),
+    ],
+)
+def test_flow_that_cannot_be_is_refused_before_anything_is_computed(values, said, tmp_path):
+    run = Run(build(configured(**values), (16, 16, 3)), {}, None, 1, "", "")
+    data = ArraySource(np.zeros((2, 16, 16, 3), np.uint8), None, None)
+    with pytest.raises(InputError, match=said):
+        prepare(run, tmp_path, data, data, ["bound", "flow"])
+
+
+def test_what_diffusers_is_not_told_is_not_exported(tmp_path):
+    for values in (
+        {"diffusion__prediction": "v"},
+        {"diffusion__variance": "learned_range", "training__loss": "hybrid"},
+    ):
+        built = build(configured(**values), (16, 16, 3))
+        with pytest.raises(InputError, match="only networks that predict eps"):
+            export(tmp_path / "out", built, {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_others_predict_eps_whatever_the_config_says():
+    theirs = settings.noise_settings({"num_train_timesteps": T}, "file")
+    config = configured(diffusion__prediction="v", diffusion__zero_terminal_snr=True)
+    config, _ = with_settings(config, diffusion=theirs.diffusion)
+    assert (config.diffusion.prediction, config.diffusion.variance) == ("eps", "fixed_large")
+    assert not noise_schedule(config).ends_without_signal()
