@@ -23,8 +23,9 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from ddpm import backend
-from ddpm.config import default, flatten, nearest, validate
+from ddpm.config import default, flatten, nearest
 from ddpm.errors import InputError, first_line
+from ddpm.validation import validate
 
 _MODES = ("train", "sample", "edit", "compare", "evaluate", "reference", "export")
 _DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"

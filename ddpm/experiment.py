@@ -1,7 +1,5 @@
 """Config -> objects: the only place where a name in a config becomes a function."""
 
-import hashlib
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +10,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ddpm.config import check_steering, default, flatten, to_json, validate
+from ddpm import reverse_process
+from ddpm.config import default, flatten, to_json
 from ddpm.data import sources
 from ddpm.data.folders import folder
 from ddpm.data.sources import Source
@@ -25,16 +24,14 @@ from ddpm.diffusion.variances import ReverseVariance
 from ddpm.errors import InputError, first_line
 from ddpm.evaluation.classifier import log_probability
 from ddpm.models.unet import UNet
-from ddpm.objectives import FIXED, channels_out, ema_rate, objective, variance_name
-from ddpm.sampling import grids, langevin, samplers, solvers
-from ddpm.sampling.adaptive import probability_flow
+from ddpm.objectives import FIXED, channels_out, ema_rate, objective
 from ddpm.sampling.generate import Generator
 from ddpm.sampling.guidance import classifier_free, classifier_guided, of_x_0
-from ddpm.sampling.sample import check_times
 from ddpm.sampling.samplers import Sampler
 from ddpm.training import ema, sharding
 from ddpm.training.objective import Objective
 from ddpm.training.state import adam
+from ddpm.validation import check_steering, validate
 
 SCHEDULES: dict[str, Callable[[Any], NoiseSchedule]] = {
     "linear": lambda d: schedules.linear(d.num_steps, d.beta_start, d.beta_end),
@@ -48,31 +45,6 @@ SCHEDULES: dict[str, Callable[[Any], NoiseSchedule]] = {
     "linear_log_snr": lambda d: continuous.table(continuous.linear(), d.num_steps),
     "edm": lambda d: continuous.table(continuous.edm(), d.num_steps),
     "betas": lambda d: schedules.from_betas(d.betas),
-}
-SAMPLERS: dict[str, Callable[[Any, ReverseVariance], Sampler]] = {
-    "ancestral": lambda s, variance: samplers.ancestral(variance),
-    "ddim": lambda s, variance: samplers.ddim(s.eta),
-    "euler": lambda s, variance: solvers.euler(),
-    "dpm_solver": lambda s, variance: solvers.dpm_solver(s.order, stochastic=s.stochastic),
-    "unipc": lambda s, variance: solvers.unipc(s.order),
-    "heun": lambda s, variance: solvers.heun(
-        churn=s.churn,
-        churn_range=tuple(s.churn_range) or (0.0, math.inf),
-        churn_noise=s.churn_noise,
-    ),
-    "probability_flow": lambda s, variance: probability_flow(s.tolerance),
-    "langevin": lambda s, variance: langevin.annealed_langevin(
-        s.langevin_steps, step_size=s.langevin_step_size
-    ),
-}
-GRIDS: dict[str, Callable[[Any, NoiseSchedule, int], np.ndarray]] = {
-    "uniform": lambda s, *of: grids.uniform(*of),
-    "leading": lambda s, *of: grids.leading(*of),
-    "trailing": lambda s, *of: grids.trailing(*of),
-    "linspace": lambda s, *of: grids.linspace(*of),
-    "quadratic": lambda s, *of: grids.quadratic(*of),
-    "log_snr": lambda s, *of: grids.log_snr(*of, sigma_max=s.sigma_max or None),
-    "karras": lambda s, *of: grids.karras(*of, rho=s.rho, sigma_max=s.sigma_max or None),
 }
 
 
@@ -103,34 +75,13 @@ class Experiment(NamedTuple):
 
     @property
     def sampler(self) -> Sampler:
-        """The sampler by its name, of its settings."""
-        s = self.config.sampling
-        plain = SAMPLERS[s.sampler](s, self.variance)
-        if not s.corrector_steps:
-            return plain
-        return langevin.predictor_corrector(
-            plain, corrector_steps=s.corrector_steps, snr=s.corrector_snr
-        )
-
-    @property
-    def draws_noise(self) -> bool:
-        """Whether the sampler's steps do; else a sample is a function of its x_T."""
-        s = self.config.sampling
-        drawn = {"ancestral": 1, "ddim": s.eta, "dpm_solver": s.stochastic, "heun": s.churn,
-                 "langevin": 1}  # fmt: skip
-        return bool(drawn.get(s.sampler) or s.corrector_steps)
+        """By config.sampling."""
+        return reverse_process.sampler(self.config, self.variance)
 
     @property
     def times(self) -> np.ndarray:
         """What the sampler visits, [N + 1]."""
-        s, last = self.config.sampling, self.schedule.num_steps
-        adaptive = s.sampler == "probability_flow"  # finds its own steps
-        try:
-            if s.times:
-                return check_times(s.times, last)
-            return GRIDS[s.grid](s, self.schedule, s.steps or (1 if adaptive else last))
-        except ValueError as error:
-            raise InputError(f"config.sampling: {error}") from error
+        return reverse_process.times(self.config, self.schedule)
 
     def unclipped_denoiser(self, params: Any, label: jax.Array | None = None) -> Denoiser:
         """The network at these weights without dropout; with labels int[B], if it knows any."""
@@ -244,36 +195,6 @@ def noise_schedule(config: ConfigDict) -> NoiseSchedule:
         return schedules.zero_terminal_snr(schedule) if d.zero_terminal_snr else schedule
     except (ValueError, MemoryError) as error:
         raise InputError(f"config.diffusion: {error}") from error
-
-
-def sampler_name(config: ConfigDict, schedule: NoiseSchedule) -> str:
-    """For the names of files: the sampler and all of its settings that matter."""
-    s = config.sampling
-    adaptive = s.sampler == "probability_flow"
-    steps = s.steps or (0 if adaptive else schedule.num_steps)
-    of: dict[str, list[str]] = {
-        "ancestral": [variance_name(config)],
-        "ddim": [f"eta{s.eta:g}"],
-        "dpm_solver": [f"order{s.order}", *(["stochastic"] if s.stochastic else [])],
-        "unipc": [f"order{s.order}"],
-        "heun": [f"churn{s.churn:g}"] if s.churn else [],
-        "probability_flow": [f"tolerance{s.tolerance:g}"],
-        "langevin": [f"{s.langevin_steps}x{s.langevin_step_size:g}"],
-    }
-    if s.sampler == "heun" and s.churn:
-        of["heun"] += [f"noise{s.churn_noise:g}", *(f"{end:g}" for end in s.churn_range)]
-    parts = [f"{s.sampler}{steps or ''}", *of.get(s.sampler, [])]
-    if s.times:
-        digest = hashlib.sha256(repr([float(t) for t in s.times]).encode()).hexdigest()
-        parts[0] = f"{s.sampler}{len(s.times) - 1}"
-        parts.append(f"times{digest[:8]}")
-    elif s.grid not in ("uniform", "trailing"):
-        parts.append(s.grid)
-        if s.grid in ("log_snr", "karras"):
-            parts[-1] += f"{s.sigma_max:g}" + (f"rho{s.rho:g}" if s.grid == "karras" else "")
-    if s.corrector_steps:
-        parts.append(f"corrected{s.corrector_steps}x{s.corrector_snr:g}")
-    return "_".join(parts)
 
 
 def classifier(

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from ddpm import experiment
-from ddpm.config import default, flatten, to_json, validate
+from ddpm.config import default, flatten, to_json
 from ddpm.data.sources import ArraySource
 from ddpm.errors import InputError
 from ddpm.modes.loading import steering_name
+from ddpm.validation import validate
 
 
 def changed(**values):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from ddpm import experiment, objectives
-from ddpm.config import flatten, validate
+from ddpm.config import flatten
 from ddpm.errors import InputError
 from ddpm.training.checkpoints import parameter_count
 from ddpm.training.state import Metrics, init, make_train_step
+from ddpm.validation import validate
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 ABLATIONS = sorted((Path(__file__).parents[1] / "configs" / "ablations").glob("*.py"))

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from configs.digits import get_config
-from ddpm.config import validate
 from ddpm.data import digits
 from ddpm.errors import InputError
 from ddpm.modes import edit as mode
 from ddpm.sampling.pictures import grid
+from ddpm.validation import validate
 from tests.runs import TINY, command, run
 from tests.test_main import contents, fails
 

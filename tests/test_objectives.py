@@ -17,7 +17,7 @@ from ddpm import (
     variances,
     weights,
 )
-from ddpm.config import CHOICES, default
+from ddpm.config import default
 from ddpm.data.sources import ArraySource
 from ddpm.errors import InputError
 from ddpm.experiment import build, check_model, noise_schedule, with_settings
@@ -25,6 +25,7 @@ from ddpm.interop import settings
 from ddpm.interop.weights import export
 from ddpm.modes.loading import Run
 from ddpm.modes.measures.job import prepare
+from ddpm.validation import CHOICES
 
 T = 20
 X_0, EPS = np.float32(np.random.default_rng(0).normal(size=(2, 5, 4)).clip(-1, 1))

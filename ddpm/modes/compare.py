@@ -13,13 +13,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm import experiment
-from ddpm.config import flatten, nearest, to_json, validate
+from ddpm.config import flatten, nearest, to_json
 from ddpm.errors import InputError
 from ddpm.evaluation import distances, features, report
 from ddpm.files import write_whole
 from ddpm.modes.loading import Run, draw, load_run, with_variance
 from ddpm.modes.measures.job import features_of_data, make_extractor
 from ddpm.training.logbook import say
+from ddpm.validation import validate
 
 HEADER = ("sampler", "steps", "calls", "Fréchet distance", "s/image")
 SHOWN = 16  # samples of each in the picture

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpm import experiment
+from ddpm import experiment, reverse_process
 from ddpm.data.pipeline import to_float
 from ddpm.diffusion.analytic import second_moments
 from ddpm.errors import InputError, first_line
@@ -46,7 +46,7 @@ class Run(NamedTuple):
     def sample_name(self, seed: int, num_samples: int) -> str:
         """Of the files of samples: all that they depend on."""
         s = self.built.config.sampling
-        how = experiment.sampler_name(self.built.config, self.built.schedule)
+        how = reverse_process.sampler_name(self.built.config, self.built.schedule)
         raw = self.step is not None and not s.ema
         other = ("_raw" if raw else "") + ("" if s.clip else "_unclipped")
         return f"{self.tag}_{how}{steering_name(s)}_seed{seed}_n{num_samples}{other}"

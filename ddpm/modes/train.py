@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm import experiment
-from ddpm.config import check_steering, to_json
+from ddpm.config import to_json
 from ddpm.data import pipeline
 from ddpm.data.sources import Source
 from ddpm.errors import InputError
@@ -25,6 +25,7 @@ from ddpm.training.checkpoints import Checkpoints, items_of, parameter_count, sa
 from ddpm.training.logbook import Logbook, plot_losses, say
 from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState, init, make_train_step
 from ddpm.training.stopping import StopSignal
+from ddpm.validation import check_steering
 
 
 class NotFinite(RuntimeError):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ddpm import reverse_process
 from ddpm.evaluation import report
 from ddpm.modes.measures.job import Job, Measured
 
@@ -17,7 +18,7 @@ def pictures_of_chains(job: Job) -> Measured:
     fragments = [
         report.images(rows, "x_0 as predicted along the chain, from t = T to 1.", columns=columns)
     ]
-    if not run.built.draws_noise:
+    if not reverse_process.draws_noise(run.built.config):
         words = "Samples that share an x_t are one: the steps of this sampler draw nothing."
         fragments.append(report.text(words))
         return Measured("Chains", {"shared_at": []}, [], fragments)
