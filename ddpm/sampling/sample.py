@@ -85,16 +85,15 @@ def sample_chain(
 
     def step(carry, inputs):
         x_t, memory, evaluations, kept = carry
-        stride, stream, slot = inputs
+        t_now, s, number, stream, slot = inputs
 
         def noise(k: jax.typing.ArrayLike = 0) -> jax.Array:
             if isinstance(k, int) and k == 0:
                 return normal(keys, stream, shape[1:])
             return normal(jax.vmap(jax.random.fold_in, (0, None))(keys, stream), k, shape[1:])
 
-        found = sampler.step(
-            schedule, denoiser, x_t, stride._replace(times=jnp.asarray(t)), noise, memory
-        )
+        stride = Stride(t_now, s, number, jnp.asarray(t))
+        found = sampler.step(schedule, denoiser, x_t, stride, noise, memory)
         if snapshots:
             now = x_t, found.prediction.x_0
             kept = jax.tree.map(lambda k, x: k.at[slot].set(x), kept, now)
@@ -103,8 +102,7 @@ def sample_chain(
     start = normal(keys, streams[0], shape[1:]) if x_t is None else jnp.asarray(x_t, float)
     empty = jnp.zeros((snapshots + 1 if snapshots else 0, *shape), jnp.float32)
     carry = start, sampler.memory(start), jnp.zeros((), jnp.int32), (empty, empty)
-    strides = Stride(jnp.asarray(t[:-1]), jnp.asarray(t[1:]), jnp.arange(steps), jnp.zeros(steps))
-    inputs = strides, jnp.asarray(streams[1:]), jnp.asarray(slots)
+    inputs = [jnp.asarray(x) for x in (t[:-1], t[1:], np.arange(steps), streams[1:], slots)]
     (x_0, _, evaluations, kept), _ = jax.lax.scan(step, carry, inputs)
     x_kept, predicted = (k[:snapshots] for k in kept)
     return Chain(x_0, t[:-1][moments], x_kept, predicted, evaluations)
