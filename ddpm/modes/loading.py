@@ -1,5 +1,6 @@
 """A trained run from its folder, or weights of others, for the modes that use one."""
 
+import hashlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,8 @@ from ddpm.training.logbook import say
 class Run(NamedTuple):
     """The experiment, the weights that config.sampling.ema chooses, and where they are from.
 
-    `step` is None for weights of others; `origin` is told, `tag` begins the names of files.
+    `step` is None for weights of others; `origin` is told, `tag` begins the names of files, and
+    `digest` tells weights of one tag apart, those of a run begun anew in the same folder, say.
     """
 
     built: Experiment
@@ -37,6 +39,7 @@ class Run(NamedTuple):
     step: int | None
     origin: str
     tag: str
+    digest: str = ""
 
     def generator(self, num_samples: int) -> Generator:
         """Of samples by config.sampling, for that many or more."""
@@ -102,7 +105,8 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
     items, meta = restored
     step = meta["step"]
     origin = f"step {step}, weights {'averaged (EMA)' if config.sampling.ema else 'not averaged'}"
-    run = Run(built, items[chosen], mesh, step, origin, f"step_{step:08}")
+    digest = hashlib.sha256(repr(meta["digests"][chosen]).encode()).hexdigest()[:8]
+    run = Run(built, items[chosen], mesh, step, origin, f"step_{step:08}", digest)
     return with_variance(run, workdir)
 
 

@@ -124,8 +124,9 @@ def make_extractor(
 
 
 def _drawn(run: Run, folder: Path, num_samples: int, seed: int) -> np.ndarray:
-    """The samples of a seed, from their file if that was written before."""
-    path = folder / f"{run.sample_name(seed, num_samples)}.npz"
+    """The samples of a seed, from their file if that was written before, of the same weights."""
+    name = "_".join(filter(None, (run.sample_name(seed, num_samples), run.digest)))
+    path = folder / f"{name}.npz"
     shape = (num_samples, *run.built.image_shape)
     if not path.exists():
         generator = run.generator(num_samples)
