@@ -63,6 +63,8 @@ def test_wrong_flag(tmp_path, flags, said):
         ({"diffusion__schedule": "betas", "diffusion__betas": "(0.1,1.0,0.2)"}, ["beta_2 = 1"]),
         ({"data__name": "folder"}, ["config.data.path is empty"]),
         ({"data__image_size": "(9,9)"}, ["image_size = (9, 9)", "digits", "(8, 8)"]),
+        ({"model__num_classes": 7}, ["num_classes = 7", "'digits' has 10 classes; set it to 10"]),
+        ({"sampling__guidance_scale": 2.0}, ["guidance_scale = 2.0", "model has no labels"]),
         ({"data__split": "valid"}, ["no split 'valid'", "train, test"]),
     ],
 )

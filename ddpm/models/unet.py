@@ -116,7 +116,8 @@ class LabelEmbedding(nn.Module):
     @nn.compact
     def __call__(self, label: jax.Array) -> jax.Array:
         shape = (self.num_labels, self.features)
-        table = jnp.asarray(self.param("embedding", nn.initializers.normal(0.02), shape))
+        # Of size 1, as PyTorch begins embeddings: at 0.02 the labels were learned far later.
+        table = jnp.asarray(self.param("embedding", nn.initializers.normal(1.0), shape))
         # JAX's defaults, to clamp and to wrap, would take a wrong label for another class.
         found = table.at[label].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return found.astype(self.dtype)
