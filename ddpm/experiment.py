@@ -167,7 +167,7 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
     schedule = noise_schedule(config)
     aim, rate = objective(config, schedule), ema_rate(config)
     built = Experiment(config, schedule, model, optimizer, image_shape, aim, rate)
-    _ = built.times  # refused now, if at all
+    reverse_process.check_sampling(config, schedule)
     return built
 
 

@@ -75,6 +75,41 @@ def times(config: ConfigDict, schedule: NoiseSchedule) -> np.ndarray:
         raise InputError(f"config.sampling: {error}") from error
 
 
+def check_sampling(config: ConfigDict, schedule: NoiseSchedule) -> None:
+    """InputError, with the reason, for a sampler that this model and its schedule cannot have."""
+    s, visited = config.sampling, times(config, schedule)
+    dark, whole = schedule.ends_without_signal(), np.issubdtype(visited.dtype, np.integer)
+    from_the_dark = dark and visited[0] == schedule.num_steps
+    fractional = not whole or s.sampler == "probability_flow" or (s.sampler == "heun" and s.churn)
+    for holds, key, why in (
+        (
+            s.sampler in ("euler", "heun", "langevin") and from_the_dark,
+            "sampler",
+            "it goes by sigma/alpha, infinite at t = T of this schedule: begin below, with "
+            "sampling.grid = 'log_snr', or take 'dpm_solver'",
+        ),
+        (
+            s.sampler == "probability_flow" and dark,
+            "sampler",
+            "the schedule leaves no signal at t = T, so its flow has no end in log-SNR: take "
+            "'dpm_solver'",
+        ),
+        (
+            s.classifier_scale and dark,
+            "classifier_scale",
+            "the schedule leaves no signal at t = T, of which a classifier has nothing to say",
+        ),
+        (
+            fractional and config.diffusion.prediction == "posterior_mean",
+            "grid" if not whole else "sampler",
+            "config.diffusion.prediction = 'posterior_mean' is of the step from t to t - 1, and "
+            "this asks between whole times",
+        ),
+    ):
+        if holds:
+            raise InputError(f"config.sampling.{key} = {s[key]!r}: {why}")
+
+
 def sampler_name(config: ConfigDict, schedule: NoiseSchedule) -> str:
     """For the names of files: the sampler and all of its settings that matter."""
     s = config.sampling

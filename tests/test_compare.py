@@ -7,6 +7,7 @@ import pytest
 
 from ddpm.config import default
 from ddpm.errors import InputError
+from ddpm.experiment import build
 from ddpm.modes.compare import parse
 from tests.runs import command, run
 
@@ -76,6 +77,26 @@ def test_a_variance_that_is_not_measured_yet_is_not_trained_with(tmp_path):
     found = run(command(tmp_path / "new", sampling__variance="analytic"))
     assert found.returncode == 2
     assert "is measured on a trained run" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "sampling", "said"),
+    [
+        ({"schedule": "jsd"}, {"sampler": "heun"}, "begin below"),
+        ({"schedule": "jsd"}, {"sampler": "langevin"}, "begin below"),
+        ({"schedule": "jsd"}, {"sampler": "probability_flow"}, "no end in log-SNR"),
+        ({"prediction": "posterior_mean"}, {"grid": "karras", "steps": 9}, "between whole times"),
+        ({"prediction": "posterior_mean"}, {"sampler": "probability_flow"}, "between whole times"),
+    ],
+)
+def test_samplers_that_the_model_cannot_have(diffusion, sampling, said):
+    config = default()
+    config.diffusion.update({"prediction": "v"} | diffusion)
+    config.sampling.update(sampling)
+    with pytest.raises(InputError, match=said):
+        build(config, (32, 32, 3))
+    config.sampling.update(sampler="dpm_solver", grid="uniform", steps=9)
+    build(config, (32, 32, 3))
 
 
 def entries(**comparison):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm import experiment
+from ddpm import experiment, reverse_process
 from ddpm.config import flatten, nearest, to_json
 from ddpm.errors import InputError
 from ddpm.evaluation import distances, features, report
@@ -59,7 +59,7 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
         for entry in parse(built.config)
     ]
     for _, run in runs:
-        _ = run.built.times  # refused now, if at all
+        reverse_process.check_sampling(run.built.config, run.built.schedule)
     extractor = make_extractor(built.config, built.image_shape, first.mesh)
     train = experiment.source(config)
     if train.image_shape != built.image_shape:
