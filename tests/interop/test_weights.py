@@ -19,6 +19,7 @@ from ddpm.config import default
 from ddpm.diffusion.keys import sample_keys
 from ddpm.errors import InputError
 from ddpm.interop import settings, weights
+from ddpm.objectives import FIXED
 from ddpm.sampling.sample import sample
 from ddpm.sampling.samplers import ancestral, ddim, times
 from tests.interop.theirs import (
@@ -139,7 +140,7 @@ def test_a_thousand_ancestral_steps_equal_those_of_diffusers(name, variance, tmp
     keys = sample_keys(jax.random.key(3), np.arange(2))
     give_noise(monkeypatch, keys, times(1000), found.image_shape)
     expected = pipeline(2, output_type="np").images
-    x_0 = drawn(found, keys, ancestral(experiment.VARIANCES[variance]))
+    x_0 = drawn(found, keys, ancestral(FIXED[variance]))
     np.testing.assert_allclose(x_0, expected, rtol=0, atol=1e-3 / 2)
 
 
