@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ddpm.diffusion import flow
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
-from ddpm.sampling.samplers import Noise, Sampler, Stepped, Stride
+from ddpm.sampling.samplers import Noise, Sampler, Stepped, Stride, predict
 
 
 def probability_flow(tolerance: float = 1e-4, *, steps: int = 1) -> Sampler:
@@ -35,12 +35,11 @@ def probability_flow(tolerance: float = 1e-4, *, steps: int = 1) -> Sampler:
 
         def solve() -> tuple[jax.Array, jax.Array]:
             found = flow.transport(schedule, denoiser, x_t, stride.t, end, tolerance=tolerance)
-            return found.x, jnp.asarray(found.evaluations)
+            return found.x, jnp.asarray(found.evaluations, jnp.int32)
 
-        x_s, evaluations = jax.lax.cond(
-            stride.t == end, lambda: (x_t, jnp.zeros_like(solve()[1])), solve
-        )
-        prediction = denoiser(x_s, jnp.broadcast_to(end, x_t.shape[:1]))
+        none = jnp.zeros((), jnp.int32)
+        x_s, evaluations = jax.lax.cond(stride.t == end, lambda: (x_t, none), solve)
+        prediction = predict(denoiser, x_s, end)
         x_s = jnp.where(stride.s == 0, prediction.x_0, x_s)
         return Stepped(x_s, prediction, memory, evaluations + 1)
 

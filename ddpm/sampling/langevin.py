@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ddpm.diffusion.gaussian import same_shape
 from ddpm.diffusion.predictions import Denoiser, to_score
 from ddpm.diffusion.schedules import NoiseSchedule
-from ddpm.sampling.samplers import Noise, Sampler, Stepped, Stride, ancestral
+from ddpm.sampling.samplers import Noise, Sampler, Stepped, Stride, ancestral, predict
 
 
 def langevin_step(
@@ -48,7 +48,7 @@ def annealed_langevin(
         memory: Any,
     ) -> Stepped:
         x_t = _corrected(schedule, denoiser, x_t, stride.t, noise, steps_per_level, step_size)
-        prediction = denoiser(x_t, jnp.broadcast_to(stride.t, x_t.shape[:1]))
+        prediction = predict(denoiser, x_t, stride.t)
         carried = x_t * (schedule.at(stride.s).alpha / schedule.at(stride.t).alpha)
         x_s = jnp.where(stride.s == 0, prediction.x_0, carried)
         # The last prediction is asked for by t = 0 alone, and by whoever looks on.

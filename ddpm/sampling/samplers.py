@@ -66,6 +66,11 @@ class Sampler(NamedTuple):
     turns: bool = False
 
 
+def predict(denoiser: Denoiser, x_t: jax.Array, t: jax.Array) -> Prediction:
+    """At one time for the whole batch."""
+    return denoiser(x_t, jnp.broadcast_to(t, x_t.shape[:1]))
+
+
 Move = Callable[[NoiseSchedule, Prediction, jax.Array, jax.Array, jax.Array, Noise], jax.Array]
 
 
@@ -80,7 +85,7 @@ def single_step(move: Move, steps: int | None) -> Sampler:
         noise: Noise,
         memory: Any,
     ) -> Stepped:
-        prediction = denoiser(x_t, jnp.broadcast_to(stride.t, x_t.shape[:1]))
+        prediction = predict(denoiser, x_t, stride.t)
         x_s = move(schedule, prediction, x_t, stride.t, stride.s, noise)
         return Stepped(x_s, prediction, memory)
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ddpm.diffusion.predictions import Denoiser, Prediction
+from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import LogSNR, NoiseSchedule
-from ddpm.sampling.samplers import Noise, Sampler, Stepped, Stride
+from ddpm.sampling.samplers import Noise, Sampler, Stepped, Stride, predict
 
 _HIGHEST = 3
 _LONG = 30.0  # in lambda: as good as infinite
@@ -48,7 +48,7 @@ def dpm_solver(order: int = 2, *, stochastic: bool = False, steps: int | None = 
         noise: Noise,
         memory: tuple[jax.Array, ...],
     ) -> Stepped:
-        prediction = _predict(denoiser, x_t, stride.t)
+        prediction = predict(denoiser, x_t, stride.t)
         predicted = (prediction.x_0, *memory)
         x_s = _integrate(schedule, x_t, stride, predicted, stochastic=stochastic)
         if stochastic:
@@ -83,7 +83,7 @@ def unipc(order: int = 2, *, steps: int | None = None) -> Sampler:
         memory: _UniPC,
     ) -> Stepped:
         del noise
-        prediction = _predict(denoiser, x_t, stride.t)
+        prediction = predict(denoiser, x_t, stride.t)
         before = stride.number - 1
 
         def correct() -> jax.Array:
@@ -190,7 +190,7 @@ def euler(*, steps: int | None = None) -> Sampler:
         memory: Any,
     ) -> Stepped:
         del noise
-        prediction = _predict(denoiser, x_t, stride.t)
+        prediction = predict(denoiser, x_t, stride.t)
         now, then = schedule.at(stride.t), schedule.at(stride.s)
         y = x_t / now.alpha + (_sigma(then) - _sigma(now)) * prediction.eps
         return Stepped(then.alpha * y, prediction, memory)
@@ -240,11 +240,11 @@ def heun(
             t = jnp.where(added > 0, schedule.time_of(-2 * jnp.log(raised)), 1.0 * t)
             x_t = schedule.at(t).alpha * y
         now, then = schedule.at(t), schedule.at(stride.s)
-        first = _predict(denoiser, x_t, t)
+        first = predict(denoiser, x_t, t)
         x_s = then.alpha * first.x_0 + then.sigma * first.eps
 
         def corrected() -> jax.Array:
-            second = _predict(denoiser, x_s, stride.s)
+            second = predict(denoiser, x_s, stride.s)
             # y_s = y_t + (sigma_s - sigma_t) (eps + eps') / 2, with x_0 in the place of y_t -
             # sigma_t eps, whose digits are lost where sigma/alpha is large.
             change = (second.eps - first.eps) / 2
@@ -256,10 +256,6 @@ def heun(
         return Stepped(x_s, first, memory, jnp.where(last, 1, 2))
 
     return Sampler(step, steps)
-
-
-def _predict(denoiser: Denoiser, x_t: jax.Array, t: jax.Array) -> Prediction:
-    return denoiser(x_t, jnp.broadcast_to(t, x_t.shape[:1]))
 
 
 def _sigma(level: LogSNR) -> jax.Array:
