@@ -1,5 +1,6 @@
 """Samples beside data, by features of both: every distance, and its floor of data beside data."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ def compare(data: Features, samples: Features) -> dict[str, float]:
     near, wide = distances.overlap(a, b, k=3), distances.overlap(a, b, k=5)
     return {
         "frechet_distance": distances.frechet_distance(
-            distances.moments(_blocks(data.vectors)), distances.moments(_blocks(samples.vectors))
+            distances.moments(blocks(data.vectors)), distances.moments(blocks(samples.vectors))
         ),
         "kernel_distance": kid.value,
         "precision": near.precision,
@@ -82,5 +83,6 @@ def _some(x: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(x[np.sort(rng.choice(len(x), most, replace=False))])[rng.permutation(most)]
 
 
-def _blocks(x: np.ndarray):
+def blocks(x: np.ndarray) -> Iterator[np.ndarray]:
+    """Parts of so many rows that float64 copies of them are small."""
     return (x[start : start + BLOCK] for start in range(0, len(x), BLOCK))

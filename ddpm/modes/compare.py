@@ -4,7 +4,6 @@ import ast
 import datetime
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 from ddpm import experiment, reverse_process
 from ddpm.config import flatten, nearest, to_json
 from ddpm.errors import InputError
-from ddpm.evaluation import distances, features, report
+from ddpm.evaluation import comparison, distances, features, report
 from ddpm.files import write_whole
 from ddpm.modes.loading import Run, draw, load_run, with_variance
 from ddpm.modes.measures.job import features_of_data, make_extractor
@@ -68,12 +67,14 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
         )
     c = config.comparison
     data = distances.moments(
-        _blocks(features_of_data(config, extractor, train, held_out=False).vectors)
+        comparison.blocks(features_of_data(config, extractor, train, held_out=False).vectors)
     )
     held_out, floor = experiment.held_out(config), None
     if held_out is not None:
         found = features_of_data(config, extractor, held_out, held_out=True).vectors
-        floor = distances.frechet_distance(data, distances.moments(_blocks(found[: c.num_samples])))
+        floor = distances.frechet_distance(
+            data, distances.moments(comparison.blocks(found[: c.num_samples]))
+        )
 
     rows: list[Row] = []
     shown: list[np.ndarray] = []
@@ -90,7 +91,7 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
                 yield images
 
         vectors = features.of_samples(extractor, timed()).vectors
-        distance = distances.frechet_distance(data, distances.moments(_blocks(vectors)))
+        distance = distances.frechet_distance(data, distances.moments(comparison.blocks(vectors)))
         # The first batch, which is compiled, is left out.
         drawn = c.num_samples - generator.batch_size
         seconds = (clock[-1] - clock[0]) / drawn if len(clock) > 1 else float("nan")
@@ -212,7 +213,3 @@ def _plot(rows: list[Row], floor: float | None) -> str:
             axes.axhline(floor, color="0.5", ls="--", lw=1)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return report.plot(figure, "Quality against calls and against time; dashed: the floor.")
-
-
-def _blocks(x: np.ndarray) -> Iterator[np.ndarray]:
-    return (x[start : start + 4096] for start in range(0, len(x), 4096))
