@@ -203,6 +203,8 @@ class UNet(nn.Module):
       cosines_first, frequency_shift: of the time embedding.
       num_classes: of labels, each a learned vector that is added to the time embedding, and one
         more for no label; 0: the network takes none.
+      condition_channels: of an image that is seen beside x; 0: none.
+      num_features: of a vector that is added to the time embedding by a linear layer; 0: none.
     """
 
     channels: int = 128
@@ -219,15 +221,25 @@ class UNet(nn.Module):
     cosines_first: bool = False
     frequency_shift: int = 1
     num_classes: int = 0
+    condition_channels: int = 0
+    num_features: int = 0
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, label: jax.Array | None = None, *, train: bool = False
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        label: jax.Array | None = None,
+        *,
+        condition: jax.Array | None = None,
+        features: jax.Array | None = None,
+        train: bool = False,
     ) -> jax.Array:
         """x [B, H, W, C], t [B] (the paper's 1..T; or one for all) -> [B, H, W, out_channels].
 
         label int[B] (or one for all) in 0..num_classes, of which num_classes is 'no label', as is
-        None; NaN for any other. ValueError for labels where num_classes is 0.
+        None; NaN for any other. condition [B, H, W, condition_channels] and features
+        [B, num_features] are zeros if None. ValueError for what the network does not take.
         Raises ValueError for x that is not [B, H, W, C], a size that cannot be halved, an attention
         resolution never reached, or channels that do not divide into groups or heads. train=True
         needs rngs={"dropout": key}.
@@ -253,6 +265,14 @@ class UNet(nn.Module):
             )(known)
         elif label is not None:
             raise ValueError("a network without classes (num_classes = 0) takes no label")
+        if self.num_features:
+            given = jnp.zeros((1, self.num_features)) if features is None else features
+            # Without bias: features of zero are no features.
+            embedding += nn.Dense(
+                4 * self.channels, use_bias=False, dtype=self.dtype, name="features"
+            )(given)
+        elif features is not None:
+            raise ValueError("a network without features (num_features = 0) takes none")
 
         def res_block(h: jax.Array, channels: int, name: str) -> jax.Array:
             options = (self.dropout, self.num_groups, self.dtype, self.norm_epsilon)
@@ -268,7 +288,7 @@ class UNet(nn.Module):
                 h = attention_block(h, f"{name}_attention")
             return h
 
-        h = conv3x3(self.channels, "conv_in", dtype=self.dtype)(x)
+        h = conv3x3(self.channels, "conv_in", dtype=self.dtype)(self._beside(x, condition))
         skips = [h]
         for level in levels:
             for i in range(self.num_res_blocks):
@@ -295,6 +315,15 @@ class UNet(nn.Module):
         channels = self.out_channels or x.shape[-1]
         h = conv3x3(channels, "conv_out", dtype=self.dtype, scale=ZERO_SCALE)(h)
         return h.astype(jnp.float32)
+
+    def _beside(self, x: jax.Array, condition: jax.Array | None) -> jax.Array:
+        """x and the condition, of its size, in one array."""
+        shape = (*x.shape[:3], self.condition_channels)
+        if condition is None:
+            condition = jnp.zeros(shape, x.dtype)
+        elif condition.shape != shape:
+            raise ValueError(f"a condition of shape {condition.shape}: must be {shape}")
+        return jnp.concatenate([x, condition], axis=-1) if self.condition_channels else x
 
     def _resolutions(self, height: int, width: int) -> list[int]:
         """The shorter side at each level, after checking that the network can be built."""
