@@ -1,7 +1,7 @@
 """Trains, samples and evaluates diffusion models: python main.py --config=configs/cifar10.py
 
 The same command goes on where it was stopped. Every key of the config can be overridden:
---config.training.batch_size=64. Modes: train, sample, edit, compare, evaluate, reference,
+--config.training.batch_size=64. Modes: train, sample, edit, compare, evaluate, sweep, reference,
 export.
 """
 
@@ -27,7 +27,7 @@ from ddpm.config import default, flatten, nearest
 from ddpm.errors import InputError, first_line
 from ddpm.validation import validate
 
-_MODES = ("train", "sample", "edit", "compare", "evaluate", "reference", "export")
+_MODES = ("train", "sample", "edit", "compare", "evaluate", "sweep", "reference", "export")
 _DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment's config file; configs/digits.py if left out."
@@ -46,6 +46,12 @@ _INPUT = flags.DEFINE_string(
 _OUT = flags.DEFINE_string(
     "out", "", "Of --mode=export: a new folder for diffusers, or a file .safetensors."
 )
+_CONFIGS = flags.DEFINE_list(
+    "configs",
+    [],
+    "Of --mode=sweep: config files FILE.py[,FILE.py:VARIANT..], without a variant all it has.",
+)
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "Of --mode=sweep: a run with each, 0,1,2.")
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed",
     "",
@@ -76,6 +82,7 @@ def parse(argv: Sequence[str]) -> list[str]:
                 if _INPUT.value
                 else "--mode=edit needs --input: pictures FILE[,FILE..], a folder, or an .npz"
             )
+        _check_sweep(argv)
         if _INIT_FROM.value and _MODE.value == "reference":
             raise InputError("--init_from: --mode=reference uses no weights; leave it out")
         validate(_CONFIG.value)
@@ -88,6 +95,35 @@ def parse(argv: Sequence[str]) -> list[str]:
         fail(_wrong_key(argv) or f"the config cannot be read: {first_line(error)}")
     except Exception as error:  # whatever a config file does
         fail(f"the config cannot be read: {type(error).__name__}: {first_line(error)}")
+
+
+def _check_sweep(argv: Sequence[str]) -> None:
+    """InputError for flags of --mode=sweep in another mode, and for others in that."""
+    sweeps = _MODE.value == "sweep"
+    if bool(_CONFIGS.value) != sweeps:
+        raise InputError(
+            "--mode=sweep needs --configs: files FILE.py[,FILE.py:VARIANT..]"
+            if sweeps
+            else f"--configs={','.join(_CONFIGS.value)} goes with --mode=sweep alone"
+        )
+    if not sweeps:
+        if _SEEDS.present:
+            raise InputError("--seeds goes with --mode=sweep alone; elsewhere: --config.seed")
+        return
+    for name, given in (
+        ("config", sys.argv[1] != f"--config={_DEFAULT_CONFIG}"),
+        ("init_from", _INIT_FROM.value),
+        ("distributed", _DISTRIBUTED.value),
+    ):
+        if given:
+            raise InputError(f"--{name} does not go with --mode=sweep, which has --configs")
+    seeds = _SEEDS.value
+    if not all(s.isdecimal() and int(s) < 2**32 for s in seeds) or len(set(seeds)) < len(seeds):
+        raise InputError(
+            f"--seeds={','.join(seeds)}: must be different whole numbers in 0..2^32 - 1"
+        )
+    if any("config.seed" in argument for argument in argv):
+        raise InputError("--config.seed does not go with --mode=sweep, which has --seeds")
 
 
 def _config_first(argv: Sequence[str]) -> list[str]:
@@ -149,7 +185,8 @@ def main(argv: Sequence[str]) -> None:
     from ddpm.modes.export import export
     from ddpm.modes.reference import reference
     from ddpm.modes.sample import sample
-    from ddpm.modes.train import NotFinite, train
+    from ddpm.modes.sweep import entries, overrides_of, sweep
+    from ddpm.modes.train import NOT_FINITE, NotFinite, train
 
     if _DISTRIBUTED.value:
         join(_DISTRIBUTED.value)
@@ -170,6 +207,10 @@ def main(argv: Sequence[str]) -> None:
                 edit(config, workdir, _INPUT.value, given)
             case "evaluate":
                 evaluate(config, workdir, given)
+            case "sweep":
+                folder = Path(_WORKDIR.value or "runs/sweep")
+                rows = entries(_CONFIGS.value, overrides_of(sys.argv))
+                sweep(rows, [int(s) for s in _SEEDS.value], folder, Path(__file__))
             case "reference":
                 reference(config, workdir)
             case "export":
@@ -177,7 +218,7 @@ def main(argv: Sequence[str]) -> None:
     except InputError as error:
         fail(str(error))
     except NotFinite as error:
-        fail(str(error), code=1)
+        fail(str(error), code=NOT_FINITE)
     except KeyboardInterrupt:  # before the first step, while sampling, or for the second time
         fail("stopped", code=130)
 

@@ -132,7 +132,7 @@ def test_diverging_run_stops_and_names_step_and_checkpoint(tmp_path):
         "training__steps": 100,
         "training__checkpoint_every": 1,
     }
-    fails(runs.command(tmp_path, **overrides), "is not finite at step", "checkpoints/", code=1)
+    fails(runs.command(tmp_path, **overrides), "is not finite at step", "checkpoints/", code=3)
     step, arrays = runs.final_state(tmp_path)
     assert step >= 1
     assert all(np.isfinite(a).all() for a in arrays)

@@ -27,6 +27,8 @@ from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState, init, make_tra
 from ddpm.training.stopping import StopSignal
 from ddpm.validation import check_steering
 
+NOT_FINITE = 3  # main.py's exit code for it
+
 
 class NotFinite(RuntimeError):
     """The loss or its gradient became NaN or infinite; the text names step and checkpoint."""

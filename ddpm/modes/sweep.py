@@ -1,0 +1,248 @@
+"""Many configs, each trained and evaluated with several seeds, and one table of them.
+
+Every run is a process of its own, in a folder of its own, and is what the commands alone would have
+made: main.py --mode=train and --mode=evaluate. Runs that are finished are not run again.
+"""
+
+import contextlib
+import datetime
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ddpm.config import nearest, to_json
+from ddpm.errors import InputError
+from ddpm.evaluation import report
+from ddpm.files import write_whole
+from ddpm.modes.train import NOT_FINITE
+from ddpm.training.checkpoints import saved_meta
+from ddpm.training.logbook import say
+from ddpm.validation import validate
+
+DIVERGED = "diverged"
+
+
+class Entry(NamedTuple):
+    """A row: its name, the arguments of its commands, and the config that they come to."""
+
+    name: str
+    arguments: list[str]
+    config: ConfigDict
+
+
+class Column(NamedTuple):
+    """A figure of evaluation.json: its title, and where it stands."""
+
+    title: str
+    of: Callable[[dict[str, Any]], float]
+    digits: int = 3
+
+
+def _sampled(name: str) -> Callable[[dict[str, Any]], float]:
+    return lambda found: found["distances"]["samples"][name]["mean"]
+
+
+COLUMNS = (
+    Column("bits/dim, held out", lambda found: _bits(found["bound"]["held out"])),
+    Column("bits/dim, train", lambda found: _bits(found["bound"]["train"])),
+    Column("bits/dim of the flow", lambda found: _bits(found["flow"])),
+    Column("Fréchet distance", _sampled("frechet_distance")),
+    Column("Inception score", _sampled("inception_score")),
+    Column("precision", _sampled("precision")),
+    Column("recall", _sampled("recall")),
+)
+
+
+def entries(names: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
+    """Of FILE.py, with all its variants if it has any, and FILE.py:VARIANT; the config flags of
+    `overrides` hold for each. InputError for what is wrong with one of them."""
+    found = []
+    for name in names:
+        file, _, variant = name.partition(":")
+        if not Path(file).is_file():
+            known = sorted(p.as_posix() for p in Path("configs").rglob("*.py"))
+            raise InputError(f"--configs={name}: there is no such file{nearest(file, known)}")
+        known = _variants(file)
+        if variant and variant not in known:
+            there = f"its variants are {', '.join(known)}" if known else "it has no variants"
+            raise InputError(f"--configs={name}: {there}{nearest(variant, known)}")
+        for one in [variant] if variant or not known else known:
+            chosen = f"--config={file}:{one}" if one else f"--config={file}"
+            row = "_".join(filter(None, (Path(file).stem, one)))
+            found.append(Entry(row, [chosen, *overrides], _config([chosen, *overrides])))
+    if len({entry.name for entry in found}) < len(found):
+        raise InputError(f"--configs={','.join(names)}: names one of them twice")
+    return found
+
+
+def overrides_of(argv: Sequence[str]) -> list[str]:
+    """The arguments that override keys of the config, each in one piece."""
+    found: list[str] = []
+    for argument, after in zip(argv, [*argv[1:], "-"], strict=True):
+        name = argument.lstrip("-")
+        if argument.startswith("-") and name.startswith(("config.", "noconfig.")):
+            alone = "=" in name or after.startswith("-")
+            found.append(argument if alone else f"{argument}={after}")
+    return found
+
+
+def sweep(rows: Sequence[Entry], seeds: Sequence[int], folder: Path, command: Path) -> None:
+    """Trains and evaluates each entry with each seed, in `folder`/NAME_seedN, by `command`.
+
+    Prints the table and writes it, with all values, to sweep.json in `folder`. A run whose loss is
+    not finite is told as such. Raises InputError where another fails, KeyboardInterrupt if stopped;
+    the same call goes on from there.
+    """
+    for seed in seeds:
+        for entry in rows:
+            workdir = folder / f"{entry.name}_seed{seed}"
+            config = entry.config.copy_and_resolve_references()
+            config.seed = seed
+            if _result(workdir, config) is not None:
+                continue
+            arguments = [*entry.arguments, f"--config.seed={seed}", f"--workdir={workdir}"]
+            say(f"{entry.name}, seed {seed}: training and evaluation, in {workdir}")
+            code = _run([sys.executable, str(command), *arguments])
+            if code == NOT_FINITE:
+                _note_divergence(workdir, config)
+                continue
+            if code == 0 and _step(workdir) < config.training.steps:
+                raise KeyboardInterrupt
+            code = code or _run([sys.executable, str(command), "--mode=evaluate", *arguments])
+            if code:
+                raise InputError(f"{entry.name}, seed {seed}: failed with code {code}, see above")
+    _write(rows, seeds, folder)
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit code of a process that is told of Ctrl-C and SIGTERM, and left to end by itself."""
+    with subprocess.Popen(arguments) as process, _handed_on(process):
+        while True:
+            try:
+                code = process.wait()
+                break
+            except KeyboardInterrupt:
+                pass  # of the terminal, which tells the child as well
+    if code < 0 or code == 130:
+        raise KeyboardInterrupt
+    return code
+
+
+@contextlib.contextmanager
+def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
+    """What the run came to, {DIVERGED: True} if it did; None if it is not finished."""
+    for name in ("evaluation.json", f"{DIVERGED}.json"):
+        path = workdir / name
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found.get("config") == to_json(config):
+                return found
+    return None
+
+
+def _note_divergence(workdir: Path, config: ConfigDict) -> None:
+    text = json.dumps({DIVERGED: True, "config": to_json(config)}) + "\n"
+    write_whole(workdir / f"{DIVERGED}.json", lambda path: path.write_text(text))
+
+
+def _step(workdir: Path) -> int:
+    saved = saved_meta(workdir / "checkpoints")
+    return -1 if saved is None else saved["step"]
+
+
+def _write(rows: Sequence[Entry], seeds: Sequence[int], folder: Path) -> None:
+    values: dict[str, dict[str, list[float]]] = {}
+    diverged: dict[str, int] = {}
+    for entry in rows:
+        values[entry.name] = {column.title: [] for column in COLUMNS}
+        diverged[entry.name] = 0
+        for seed in seeds:
+            config = entry.config.copy_and_resolve_references()
+            config.seed = seed
+            found = _result(folder / f"{entry.name}_seed{seed}", config)
+            assert found is not None
+            diverged[entry.name] += DIVERGED in found
+            for column in COLUMNS:
+                with contextlib.suppress(KeyError):  # a part that was not evaluated
+                    values[entry.name][column.title].append(column.of(found))
+    shown = [c for c in COLUMNS if any(values[entry.name][c.title] for entry in rows)]
+    table = [
+        (entry.name, *(_spread(values[entry.name][c.title], c.digits) for c in shown))
+        + ((f"{diverged[entry.name]} of {len(seeds)}",) if any(diverged.values()) else ())
+        for entry in rows
+    ]
+    header = ("run", *(c.title for c in shown)) + ((DIVERGED,) if any(diverged.values()) else ())
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    result = {
+        "date": day,
+        "seeds": list(seeds),
+        "runs": {
+            entry.name: {
+                "figures": {k: v for k, v in values[entry.name].items() if v},
+                DIVERGED: diverged[entry.name],
+                "config": to_json(entry.config),
+            }
+            for entry in rows
+        },
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    write_whole(folder / "sweep.json", lambda path: path.write_text(text))
+    print(f"{len(rows)} runs with {len(seeds)} seeds, mean ± standard deviation; {day}")
+    print(report.plain_table(header, table))
+    print(folder / "sweep.json")
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "n/a"
+    mean = report.number(float(np.mean(values)), digits)
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def _bits(found: dict[str, Any]) -> float:
+    return found["total"]["bits_per_dim"]
+
+
+def _variants(file: str) -> list[str]:
+    """The names in VARIANTS of a config file; [] for a file without."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a config file does
+        raise InputError(f"--configs={file}: {type(error).__name__}: {error}") from error
+    return list(getattr(module, "VARIANTS", {}))
+
+
+def _config(arguments: list[str]) -> ConfigDict:
+    """The config that main.py would have of these arguments, checked."""
+    values, argv = flags.FlagValues(), [sys.argv[0], *arguments]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        config: Any = values["config"].value
+        validate(config)
+    except InputError as error:
+        raise InputError(f"{arguments[0]}: {error}") from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{' '.join(arguments)}: {error}") from error
+    return config

@@ -1,0 +1,185 @@
+"""The real `main.py --mode=sweep`, and on a stand-in for main.py what becomes of runs that fail."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from ddpm.config import to_json
+from ddpm.errors import InputError
+from ddpm.modes import sweep
+from tests.runs import ROOT, command, environment, run
+
+# ml_collections reads config files in a way that Python will drop.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+TABLE_2 = "configs/ablations/table2.py"
+
+
+def test_a_run_and_its_row(tmp_path):
+    """The real thing; and again, when there is nothing left to do."""
+    arguments = command(
+        tmp_path,
+        "--mode=sweep",
+        f"--configs={TABLE_2}:eps_mse",
+        "--seeds=3",
+        evaluation__parts="('bound',)",
+        evaluation__bound_images=5,
+    )
+    found = run(arguments, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+    folder = tmp_path / "table2_eps_mse_seed3"
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert result["config"]["seed"] == 3
+    assert result["config"]["diffusion"]["num_steps"] == 20
+    bits = result["bound"]["held out"]["total"]["bits_per_dim"]
+    assert f"table2_eps_mse  {bits:.3f}" in found.stdout
+    figures = json.loads((tmp_path / "sweep.json").read_text())["runs"]["table2_eps_mse"]["figures"]
+    assert figures["bits/dim, held out"] == [bits]
+    assert figures.keys() == {"bits/dim, held out", "bits/dim, train"}
+
+    before = (folder / "evaluation.json").stat().st_mtime_ns
+    again = run(arguments, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == found.stdout[-len(again.stdout) :]
+    assert "training" not in again.stderr
+    assert (folder / "evaluation.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--mode=sweep"], "--mode=sweep needs --configs"),
+        ([f"--configs={TABLE_2}"], "--configs=configs/ablations/table2.py goes with --mode=sweep"),
+        (["--seeds=1"], "--seeds goes with --mode=sweep alone"),
+        (["--mode=sweep", f"--configs={TABLE_2}", "--seeds=0,0"], "must be different whole"),
+        (["--mode=sweep", f"--configs={TABLE_2}", "--config.seed=1"], "--config.seed does not go"),
+        (["--mode=sweep", f"--configs={TABLE_2}", "--config=configs/digits.py"], "--config does"),
+        (["--mode=sweep", f"--configs={TABLE_2}:eps"], "did you mean 'eps_mse'?"),
+    ],
+)
+def test_flags_that_do_not_go_together(tmp_path, extra, said):
+    found = run([sys.executable, "main.py", f"--workdir={tmp_path / 'run'}", *extra], cwd=ROOT)
+    assert found.returncode == 2
+    assert said in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_entries(monkeypatch):
+    """A file stands for all its variants; a file without variants for itself."""
+    monkeypatch.chdir(ROOT)
+    overrides = ["--config.training.steps=7", "--config.data.flip=True"]
+    found = sweep.entries([TABLE_2, "configs/digits.py"], overrides)
+    assert [entry.name for entry in found][-2:] == ["table2_eps_mse", "digits"]
+    assert len(found) == 7
+    for entry in found:
+        assert entry.config.training.steps == 7
+        assert entry.config.data.flip
+        assert entry.arguments[1:] == overrides
+    assert found[0].arguments[0] == f"--config={TABLE_2}:mean_bound_learned"
+    assert found[0].config.diffusion.variance == "learned"
+
+
+@pytest.mark.parametrize(
+    ("names", "overrides", "said"),
+    [
+        (["configs/ablations/table3.py"], [], "did you mean 'configs/ablations/table2.py'"),
+        ([f"{TABLE_2}:eps_mse", TABLE_2], [], "names one of them twice"),
+        (["configs/digits.py:eps"], [], "it has no variants"),
+        ([TABLE_2], ["--config.training.steps=0"], "mean_bound_learned: config.training.steps = 0"),
+        ([TABLE_2], ["--config.training.step=1"], "training.step"),
+    ],
+)
+def test_entries_that_are_wrong(monkeypatch, names, overrides, said):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(InputError) as error:
+        sweep.entries(names, overrides)
+    assert said in str(error.value)
+
+
+def test_overrides_of():
+    argv = ["main.py", "--mode=sweep", "--config.a.b=1", "--config.c", "2", "--noconfig.d", "--e=3"]
+    assert sweep.overrides_of(argv) == ["--config.a.b=1", "--config.c=2", "--noconfig.d"]
+    assert sweep.overrides_of(["main.py", "--config.flag"]) == ["--config.flag"]
+
+
+def stand_in(tmp_path, text):
+    """A main.py that has `mode` and `folder`, and an Entry that is run by it."""
+    path = tmp_path / "stand_in.py"
+    path.write_text(
+        "import pathlib, signal, sys, time\n"
+        "given = dict(a.lstrip('-').partition('=')[::2] for a in sys.argv[1:])\n"
+        "mode, folder = given.get('mode', 'train'), pathlib.Path(given['workdir'])\n"
+        f"folder.mkdir(parents=True, exist_ok=True)\n{text}\n"
+    )
+    return path
+
+
+def one_entry():
+    return sweep.entries([str(ROOT / "configs/digits.py")], [])
+
+
+def test_mean_and_spread(tmp_path, capsys):
+    """Of values that are known: runs that are finished already."""
+    rows, values = one_entry(), [2.0, 3.0, 7.0]
+    for seed, value in enumerate(values):
+        config = rows[0].config.copy_and_resolve_references()
+        config.seed = seed
+        folder = tmp_path / f"digits_seed{seed}"
+        folder.mkdir()
+        split = {"total": {"bits_per_dim": value}}
+        found = {"config": to_json(config), "bound": {"held out": split, "train": split}}
+        (folder / "evaluation.json").write_text(json.dumps(found))
+    sweep.sweep(rows, [0, 1, 2], tmp_path, tmp_path / "none.py")
+    assert f"4.000 ± {np.std(values, ddof=1):.3f}" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_is_told(tmp_path, capsys):
+    """And the sweep goes on; nor is it run again."""
+    calls = "(folder.parent / 'calls').open('a').write(mode + '\\n'); sys.exit(3)"
+    script = stand_in(tmp_path, calls)
+    for _ in range(2):
+        sweep.sweep(one_entry(), [0, 1], tmp_path / "runs", script)
+    out = capsys.readouterr().out
+    assert "2 of 2" in out
+    assert (tmp_path / "runs" / "calls").read_text() == "train\ntrain\n"
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_run_that_fails_ends_the_sweep(tmp_path, code):
+    script = stand_in(tmp_path, f"sys.exit({code})")
+    with pytest.raises(InputError, match=f"digits, seed 0: failed with code {code}"):
+        sweep.sweep(one_entry(), [0, 1], tmp_path / "runs", script)
+    assert not (tmp_path / "runs" / "sweep.json").exists()
+    assert not (tmp_path / "runs" / "digits_seed1").exists()
+
+
+def test_sigterm_is_handed_on(tmp_path):
+    """The run that is under way saves and ends by itself, and no other begins."""
+    script = stand_in(
+        tmp_path,
+        "def end(*_):\n    time.sleep(0.5); (folder / 'saved').touch(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end); (folder / 'up').touch(); time.sleep(60)",
+    )
+    program = (
+        "import pathlib, sys; from ddpm.modes import sweep\n"
+        f"rows = sweep.entries(['configs/digits.py'], [])\n"
+        f"sweep.sweep(rows, [0, 1], pathlib.Path({str(tmp_path / 'runs')!r}), {str(script)!r})"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), stderr=subprocess.PIPE
+    )
+    folder = tmp_path / "runs" / "digits_seed0"
+    for _ in range(600):
+        if (folder / "up").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert (folder / "saved").exists(), said
+    assert b"KeyboardInterrupt" in said
+    assert not (tmp_path / "runs" / "digits_seed1").exists()
