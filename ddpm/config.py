@@ -43,6 +43,7 @@ def default() -> ConfigDict:
     config.model.symmetric_downsampling = False
     config.model.cosines_first = False  # in the time embedding
     config.model.frequency_shift = 1  # of its frequencies
+    config.model.noise_input = "t"  # or "log_snr": what the network is told of the noise
     config.model.num_classes = 0  # of the data's labels, to learn each; 0: without labels
 
     config.diffusion = ConfigDict()
@@ -51,6 +52,9 @@ def default() -> ConfigDict:
     config.diffusion.beta_start = 1e-4
     config.diffusion.beta_end = 0.02
     config.diffusion.betas = ()  # for schedule 'betas': beta_1, .., beta_T
+    config.diffusion.log_snr_0 = 13.3  # where 'linear_log_snr' and 'learned' begin
+    config.diffusion.log_snr_1 = -5.0  # and end
+    config.diffusion.reference_resolution = 0  # shifted as from images this large; 0: not
     config.diffusion.zero_terminal_snr = False  # the schedule rescaled to end without signal
     config.diffusion.prediction = "eps"  # what the network puts out; "edm": preconditioned
     config.diffusion.sigma_data = 0.5  # the data's standard deviation, of EDM
@@ -73,7 +77,8 @@ def default() -> ConfigDict:
     config.training.ema_decay = 0.9999
     config.training.label_dropout = 0.1  # share of labels that are left out, for guidance
     config.training.ema_images = 500_000  # of 'half_life'
-    config.training.ema_relative_std = 0.05  # of 'power': the average's width, of the training
+    config.training.ema_relative_stds = (0.05, 0.1)  # of 'power': widths; samples by the first
+    config.training.ema_snapshot_every = 0  # steps, of 'power': to make any width afterwards
     config.training.log_every = 100
     config.training.sample_every = 50_000  # a grid of samples; 0: at the end only
     config.training.checkpoint_every = 5000
@@ -107,6 +112,7 @@ def default() -> ConfigDict:
     config.sampling.guidance_rescale = 0.0  # to the spread of the unguided; 1: wholly
     config.sampling.classifier_scale = 0.0  # by the data's shipped classifier; 0: unguided
     config.sampling.ema = True  # the averaged weights, not the last ones
+    config.sampling.ema_relative_std = 0.0  # another width, of the snapshots; 0: the run's own
     config.sampling.num_samples = 64
     config.sampling.batch_size = 64
     config.sampling.seed = 0

@@ -24,12 +24,12 @@ from ddpm.diffusion.variances import ReverseVariance
 from ddpm.errors import InputError, first_line
 from ddpm.evaluation.classifier import log_probability
 from ddpm.models.unet import UNet
-from ddpm.objectives import FIXED, channels_out, ema_rate, objective
+from ddpm.objectives import FIXED, channels_out, ema_rate, objective, other_ema_rates
 from ddpm.sampling.generate import Generator
 from ddpm.sampling.guidance import classifier_free, classifier_guided, of_x_0
 from ddpm.sampling.samplers import Sampler
 from ddpm.training import ema, sharding
-from ddpm.training.objective import Objective
+from ddpm.training.objective import LEARNED_SCHEDULE, Objective
 from ddpm.training.state import adam
 from ddpm.validation import check_steering, validate
 
@@ -42,8 +42,14 @@ SCHEDULES: dict[str, Callable[[Any], NoiseSchedule]] = {
     "warmup50": lambda d: schedules.warmup50(d.num_steps, d.beta_start, d.beta_end),
     "cosine": lambda d: schedules.cosine(d.num_steps),
     "sigmoid": lambda d: schedules.sigmoid(d.num_steps),
-    "linear_log_snr": lambda d: continuous.table(continuous.linear(), d.num_steps),
+    "linear_log_snr": lambda d: continuous.table(
+        continuous.linear(d.log_snr_0, d.log_snr_1), d.num_steps
+    ),
     "edm": lambda d: continuous.table(continuous.edm(), d.num_steps),
+    # As it begins; what was learned is known once there are weights: `Experiment.with_schedule`.
+    "learned": lambda d: continuous.table(
+        continuous.learned(continuous.init_learned(d.log_snr_0, d.log_snr_1)), d.num_steps
+    ),
     "betas": lambda d: schedules.from_betas(d.betas),
 }
 
@@ -58,6 +64,7 @@ class Experiment(NamedTuple):
     image_shape: tuple[int, int, int]
     objective: Objective
     ema_rate: ema.Rate
+    other_ema_rates: tuple[ema.Rate, ...]
     moments: jax.Array | None = None  # of variance 'analytic', float32[T + 1]
 
     @property
@@ -72,6 +79,14 @@ class Experiment(NamedTuple):
                 "another, and then sample with it"
             )
         return analytic(self.moments)
+
+    def with_schedule(self, params: Any) -> "Experiment":
+        """With the schedule that these weights have learned; itself, where none is learned."""
+        if LEARNED_SCHEDULE not in params:
+            return self
+        found = continuous.learned(continuous.MonotoneLogSNR(**params[LEARNED_SCHEDULE]))
+        schedule = continuous.table(found, self.schedule.num_steps)
+        return self._replace(schedule=schedule, objective=objective(self.config, schedule))
 
     @property
     def sampler(self) -> Sampler:
@@ -164,9 +179,9 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
     if config.sampling.classifier_scale:
         classifier(config, image_shape)
     optimizer = adam(t.learning_rate, warmup_steps=t.warmup_steps, grad_clip=t.grad_clip)
-    schedule = noise_schedule(config)
-    aim, rate = objective(config, schedule), ema_rate(config)
-    built = Experiment(config, schedule, model, optimizer, image_shape, aim, rate)
+    schedule = noise_schedule(config, image_shape)
+    aim, rates = objective(config, schedule), (ema_rate(config), other_ema_rates(config))
+    built = Experiment(config, schedule, model, optimizer, image_shape, aim, *rates)
     reverse_process.check_sampling(config, schedule)
     return built
 
@@ -187,11 +202,16 @@ def with_settings(config: ConfigDict, **sections: dict[str, Any]) -> tuple[Confi
     return new, changed
 
 
-def noise_schedule(config: ConfigDict) -> NoiseSchedule:
-    """The schedule by its name, rescaled to end without signal where the config says so."""
+def noise_schedule(
+    config: ConfigDict, image_shape: tuple[int, int, int] | None = None
+) -> NoiseSchedule:
+    """The schedule by its name, shifted and rescaled where the config says so."""
     d = config.diffusion
     try:
         schedule = SCHEDULES[d.schedule](d)
+        if d.reference_resolution and image_shape:
+            side = min(image_shape[:2])
+            schedule = schedules.shifted(schedule, side, reference=d.reference_resolution)
         return schedules.zero_terminal_snr(schedule) if d.zero_terminal_snr else schedule
     except (ValueError, MemoryError) as error:
         raise InputError(f"config.diffusion: {error}") from error

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddpm.config import flatten
-from ddpm.diffusion import losses, predictions, timesteps, variances, weights
+from ddpm.diffusion import continuous, losses, predictions, timesteps, variances, weights
 from ddpm.diffusion.gaussian import fixed_large, fixed_small
 from ddpm.diffusion.losses import Criterion, Target
 from ddpm.diffusion.predictions import Denoiser, LearnedVariance, Network, Reading
@@ -68,7 +68,7 @@ EMAS: dict[str, Callable[[Any], ema.Rate]] = {
     "constant": lambda t: ema.constant(t.ema_decay),
     "warm_up": lambda t: ema.warm_up(t.ema_decay),
     "half_life": lambda t: ema.half_life(t.ema_images, t.batch_size),
-    "power": lambda t: ema.power(t.ema_relative_std),
+    "power": lambda t: ema.power(t.ema_relative_stds[0]),
 }
 
 
@@ -78,9 +78,24 @@ def objective(config: ConfigDict, schedule: NoiseSchedule) -> Objective:
     history: Any = ()
     if config.training.times == "importance":
         history = timesteps.LossHistory.empty(schedule.num_steps)
-    return Objective(
+    plain = Objective(
         _denoiser(config, schedule), _draw(config, schedule), _loss(config, schedule), history
     )
+    if config.diffusion.schedule != "learned":
+        return plain
+    begin = continuous.init_learned(config.diffusion.log_snr_0, config.diffusion.log_snr_1)
+    draw = _draw(config, continuous.learned(begin))  # which has no say but for its ends, 0 and 1
+    return plain._replace(
+        draw=draw,
+        begin=begin,
+        at=lambda levels: Objective(_denoiser(config, levels), draw, _loss(config, levels)),
+    )
+
+
+def other_ema_rates(config: ConfigDict) -> tuple[ema.Rate, ...]:
+    """Of the averages kept besides: the other widths of 'power'."""
+    stds = config.training.ema_relative_stds[1:]
+    return tuple(map(ema.power, stds)) if config.training.ema == "power" else ()
 
 
 def ema_rate(config: ConfigDict) -> ema.Rate:
@@ -99,17 +114,26 @@ def variance_name(config: ConfigDict) -> str:
     return config.diffusion.variance if learned else config.sampling.variance
 
 
-def _denoiser(config: ConfigDict, schedule: NoiseSchedule) -> Callable[[Network], Denoiser]:
+# A schedule is a table, or the levels of one batch where it is learned.
+
+
+def _denoiser(config: ConfigDict, schedule: Any) -> Callable[[Network], Denoiser]:
     d = config.diffusion
     if d.prediction == "edm":
         return lambda network: predictions.preconditioned(
             schedule, network, sigma_data=d.sigma_data
         )
     reading, learned = PREDICTIONS[d.prediction].reading, LEARNED.get(d.variance)
-    return lambda network: predictions.denoiser(schedule, network, reading, learned=learned)
+
+    def denoiser(network: Network) -> Denoiser:
+        if config.model.noise_input == "log_snr":
+            network = predictions.by_log_snr(schedule, network)
+        return predictions.denoiser(schedule, network, reading, learned=learned)
+
+    return denoiser
 
 
-def _draw(config: ConfigDict, schedule: NoiseSchedule) -> Draw:
+def _draw(config: ConfigDict, schedule: Any) -> Draw:
     kind = config.training.times
     fractional = config.training.loss == "continuous_bound"
 
@@ -126,7 +150,7 @@ def _draw(config: ConfigDict, schedule: NoiseSchedule) -> Draw:
     return draw
 
 
-def _loss(config: ConfigDict, schedule: NoiseSchedule) -> Loss:
+def _loss(config: ConfigDict, schedule: Any) -> Loss:
     d, t = config.diffusion, config.training
     if t.loss == "bound":
         variance = FIXED.get(d.variance, fixed_large)  # of no say where it is learned
@@ -171,6 +195,28 @@ def check_objective(config: ConfigDict, schedule: NoiseSchedule) -> None:
             "diffusion.variance",
             f"config.training.loss = {t.loss!r} says nothing of the variance: take 'hybrid' or "
             "'bound'",
+        ),
+        (
+            config.model.noise_input == "log_snr" and d.prediction == "edm",
+            "model.noise_input",
+            "EDM's preconditioning tells of the noise in its own way: take 't'",
+        ),
+        (
+            d.schedule == "learned" and config.model.noise_input != "log_snr",
+            "model.noise_input",
+            "t means another noise as the schedule is learned: take 'log_snr'",
+        ),
+        (
+            d.schedule == "learned" and t.loss != "continuous_bound",
+            "training.loss",
+            "a schedule is learned by the continuous bound alone, which knows it by its end "
+            "points: take 'continuous_bound'",
+        ),
+        (
+            d.schedule == "learned" and (d.zero_terminal_snr or bool(d.reference_resolution)),
+            "diffusion.schedule",
+            "it is learned, and neither rescaled nor shifted: set diffusion.log_snr_0 and "
+            ".log_snr_1, where it begins",
         ),
         (
             learned and d.prediction == "edm",

@@ -8,6 +8,7 @@ from ddpm.errors import InputError
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "model.noise_input": ("t", "log_snr"),
     "diffusion.schedule": (
         "linear",
         "quadratic",
@@ -19,6 +20,7 @@ CHOICES = {
         "sigmoid",
         "linear_log_snr",
         "edm",
+        "learned",
         "betas",
     ),
     "diffusion.prediction": ("eps", "x_0", "v", "score", "posterior_mean", "edm"),
@@ -91,7 +93,17 @@ def validate(config: Mapping[str, Any]) -> None:
     for key, (holds, rule) in _RULES.items():
         if not holds(given[key]):
             raise InputError(f"config.{key} = {given[key]!r}: must be {rule}")
-    d, s = config["diffusion"], config["sampling"]
+    d, s, t = config["diffusion"], config["sampling"], config["training"]
+    if t["ema_snapshot_every"] and t["ema"] != "power":
+        raise InputError(
+            f"config.training.ema_snapshot_every = {t['ema_snapshot_every']}: goes with "
+            "config.training.ema = 'power', of which any width can be made"
+        )
+    if s["ema_relative_std"] and not s["ema"]:
+        raise InputError(
+            f"config.sampling.ema_relative_std = {s['ema_relative_std']}: goes with "
+            "config.sampling.ema = True"
+        )
     if (d["schedule"] == "betas") != bool(d["betas"]):
         raise InputError("config.diffusion.betas goes with schedule 'betas', and only with it")
     num_steps = len(d["betas"]) or d["num_steps"]
@@ -176,6 +188,11 @@ def _fractions(v: Any) -> bool:
     return bool(v) and numbers and all(0 <= x <= 1 for x in v)
 
 
+def _widths(v: Any) -> bool:
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in v)
+    return bool(v) and numbers and all(0 < x <= 0.28 for x in v) and len(set(v)) == len(v)
+
+
 def _seeds(v: Any) -> bool:
     whole = all(isinstance(n, int) and 0 <= n < 2**32 for n in v)
     return bool(v) and whole and len(set(v)) == len(v)
@@ -210,6 +227,9 @@ _RULES: dict[str, tuple[Any, str]] = {
     "diffusion.beta_start": (lambda v: 0 < v < 1, "in (0, 1)"),
     "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),
     "diffusion.sigma_data": _POSITIVE,
+    "diffusion.log_snr_0": (lambda v: abs(v) <= 30, "in [-30, 30]"),
+    "diffusion.log_snr_1": (lambda v: abs(v) <= 30, "in [-30, 30]"),
+    "diffusion.reference_resolution": _whole(0),
     "training.steps": _whole(1),
     "training.batch_size": _whole(1),
     "training.learning_rate": _POSITIVE,
@@ -221,7 +241,8 @@ _RULES: dict[str, tuple[Any, str]] = {
     "training.ema_decay": _FRACTION,
     "training.label_dropout": _FRACTION,
     "training.ema_images": _whole(1),
-    "training.ema_relative_std": (lambda v: 0 < v <= 0.28, "in (0, 0.28]"),
+    "training.ema_relative_stds": (_widths, "a tuple of different numbers in (0, 0.28]"),
+    "training.ema_snapshot_every": _whole(0),
     "training.log_every": _whole(1),
     "training.sample_every": _whole(0),
     "training.checkpoint_every": _whole(1),
@@ -253,6 +274,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "sampling.guidance_interval": (_interval, "() or (lo, hi) with 0 <= lo < hi, in sigma/alpha"),
     "sampling.guidance_rescale": (lambda v: 0 <= v <= 1, "in [0, 1]"),
     "sampling.classifier_scale": _FINITE,
+    "sampling.ema_relative_std": (lambda v: 0 <= v <= 0.28, "0 or in (0, 0.28]"),
     "sampling.num_samples": _whole(1),
     "sampling.batch_size": _whole(1),
     "sampling.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),

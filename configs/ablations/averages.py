@@ -16,7 +16,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "constant": {"training.ema": "constant"},
     "warm_up": {"training.ema": "warm_up"},
     "half_life": {"training.ema": "half_life", "training.ema_images": 22_000},
-    "power": {"training.ema": "power", "training.ema_relative_std": 0.1},
+    "power": {"training.ema": "power", "training.ema_relative_stds": (0.1, 0.05)},
 }
 
 

@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm.diffusion.schedules import LogSNR, NoiseSchedule, Transition, from_log_snr
+from ddpm.diffusion.schedules import (
+    LogSNR,
+    NoiseSchedule,
+    Transition,
+    from_log_snr,
+    resolution_shift,
+)
 
 
 class ContinuousSchedule(NamedTuple):
@@ -119,14 +125,8 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> 
 def shifted(
     schedule: ContinuousSchedule, resolution: int, *, reference: int = 64
 ) -> ContinuousSchedule:
-    """Log-SNR lower by 2 log(resolution/reference) at every time (Hoogeboom et al. 2023).
-
-    Pixels of a larger image say the same more often: averaged down to the reference resolution it
-    is then as noisy as one of that resolution.
-    """
-    if resolution < 1 or reference < 1:
-        raise ValueError(f"resolution {resolution}, reference {reference}: must be >= 1")
-    shift = 2 * np.log(reference / resolution)
+    """The schedule for images of another resolution, by `schedules.resolution_shift`."""
+    shift = resolution_shift(resolution, reference)
     return ContinuousSchedule(lambda t: schedule.log_snr(t) + shift)
 
 
@@ -186,6 +186,33 @@ def learned(parameters: MonotoneLogSNR) -> ContinuousSchedule:
         return parameters.log_snr_0 + (parameters.log_snr_1 - parameters.log_snr_0) * part
 
     return ContinuousSchedule(log_snr)
+
+
+class Levels(NamedTuple):
+    """A schedule at one batch of times only: whatever is asked, log_snr [B] and its slope [B].
+
+    A loss of it depends on a schedule by these two, as `learned_gradients` wants.
+    """
+
+    log_snr: jax.Array
+    rate: jax.Array
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The first and the last time."""
+        return 0.0, 1.0
+
+    def at(self, t: jax.typing.ArrayLike) -> LogSNR:
+        """Log-SNR at the times."""
+        return LogSNR(self.log_snr, jnp.zeros_like(self.log_snr))
+
+    def slope(self, t: jax.typing.ArrayLike) -> jax.Array:
+        """d log_snr / dt at the times."""
+        return self.rate
+
+    def ends_without_signal(self) -> bool:
+        """Not told."""
+        return False
 
 
 class LearnedGradients(NamedTuple):

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from ddpm.diffusion.gaussian import (
+    decoder_log_likelihood,
     fixed_large,
     lift,
+    normal_kl,
     per_example_mean,
     posterior_coefficients,
     q_sample,
@@ -190,6 +192,23 @@ def continuous_bound(
     length = schedule.ends[1] - schedule.ends[0]
     squares = per_example_mean(_error(x_0, eps, prediction).eps ** 2)
     return -0.5 * BITS_PER_NAT * length * schedule.slope(t) * squares
+
+
+def ends_of_bound(schedule: Schedule, x_0: jax.Array, eps: jax.Array) -> jax.Array:
+    """What `continuous_bound` leaves out, L_T + L_0 in bits/dim, of a schedule's end points alone.
+
+    L_T at the last time. The decoder, at the first, is N(x_t/alpha_t, sigma_t^2/alpha_t^2) cut into
+    bins: no network is in it, so that end points can be learned by it (Kingma et al. 2021). x_0 is
+    8-bit data as k/127.5 - 1.
+    """
+    first, last = (jnp.full(len(x_0), t, jnp.float32) for t in schedule.ends)
+    level = schedule.at(last)
+    alpha, log_variance = lift(level.alpha, x_0), lift(level.log_sigma_squared, x_0)
+    prior = normal_kl(alpha * x_0, log_variance, jnp.zeros(()), jnp.zeros(()))
+    # x_t/alpha_t = x_0 + sigma_t/alpha_t eps
+    log_snr = lift(schedule.at(first).high, x_0)
+    decoded = decoder_log_likelihood(x_0, x_0 + jnp.exp(-0.5 * log_snr) * eps, -log_snr)
+    return BITS_PER_NAT * per_example_mean(prior - decoded)
 
 
 def _predict(

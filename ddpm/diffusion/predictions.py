@@ -66,6 +66,19 @@ def denoiser(
     return denoise
 
 
+def by_log_snr(schedule: Schedule, network: Network) -> Network:
+    """The network told of the noise by its log-SNR in the place of t: 25 (20 - log_snr).
+
+    That is in 0..1000 for a log-SNR from 20 to -20, and the nearer end beyond: on one scale for all
+    schedules, also for one that is learned. `preconditioned` tells of it by itself.
+    """
+
+    def told(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        return network(x_t, 25 * (20 - jnp.clip(schedule.at(t).high, -20, 20)))
+
+    return told
+
+
 def preconditioned(schedule: Schedule, network: Network, *, sigma_data: float = 0.5) -> Denoiser:
     """The denoiser of Karras et al. (2022), Eq. 7, from a network F(c_in x, c_noise).
 

@@ -231,6 +231,23 @@ def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     return from_log_snr(np.concatenate([log_snr[:1], new[1:]]))
 
 
+def shifted(schedule: NoiseSchedule, resolution: int, *, reference: int = 64) -> NoiseSchedule:
+    """The schedule for images of another resolution, by `resolution_shift`."""
+    high, low = (np.asarray(x, np.float64)[1:] for x in schedule)
+    return from_log_snr(high + low + resolution_shift(resolution, reference))
+
+
+def resolution_shift(resolution: int, reference: int) -> float:
+    """What log-SNR changes by at every time, 2 log(reference/resolution) (Hoogeboom et al. 2023).
+
+    Pixels of a larger image say the same more often: averaged down to the reference resolution it
+    is then as noisy as one of that resolution. Raises ValueError unless both are >= 1.
+    """
+    if resolution < 1 or reference < 1:
+        raise ValueError(f"resolution {resolution}, reference {reference}: must be >= 1")
+    return float(2 * np.log(reference / resolution))
+
+
 def linear(
     num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> NoiseSchedule:

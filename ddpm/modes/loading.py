@@ -21,7 +21,7 @@ from ddpm.experiment import Experiment
 from ddpm.files import write_whole
 from ddpm.interop import weights
 from ddpm.sampling.generate import Generator
-from ddpm.training import sharding
+from ddpm.training import sharding, snapshots
 from ddpm.training.checkpoints import Checkpoints, saved_meta
 from ddpm.training.logbook import say
 
@@ -96,6 +96,7 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
     built = experiment.build(config, image_shape)
     chosen = "ema_params" if config.sampling.ema else "params"
     shapes = experiment.check_model(built.model, image_shape)
+    shapes |= jax.eval_shape(built.objective.schedule_parameters)
     abstract = {chosen: sharding.abstract_like(shapes, sharding.replicated(mesh))}
     checkpoints = Checkpoints(folder, read_only=True)
     restored = checkpoints.restore(abstract, say)
@@ -103,10 +104,18 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
     if restored is None:
         raise InputError(f"no checkpoint in {workdir}")
     items, meta = restored
-    step = meta["step"]
+    step, params = meta["step"], items[chosen]
     origin = f"step {step}, weights {'averaged (EMA)' if config.sampling.ema else 'not averaged'}"
     digest = hashlib.sha256(repr(meta["digests"][chosen]).encode()).hexdigest()[:8]
-    run = Run(built, items[chosen], mesh, step, origin, f"step_{step:08}", digest)
+    tag, std = f"step_{step:08}", config.sampling.ema_relative_std
+    if std:
+        average = snapshots.reconstruct(workdir / "averages", step, std)
+        step, tag = average.step, f"step_{average.step:08}_std{std:.9g}"
+        if jax.tree.map(np.shape, average.params) != jax.tree.map(np.shape, params):
+            raise InputError(f"{workdir / 'averages'}: of another network than the checkpoint")
+        params = jax.device_put(average.params, sharding.replicated(mesh))
+        origin = f"step {step}, averaged with width {std:g}, of {average.snapshots} snapshots"
+    run = Run(built.with_schedule(params), params, mesh, step, origin, tag, digest)
     return with_variance(run, workdir)
 
 

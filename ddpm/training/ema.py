@@ -7,7 +7,7 @@ The average starts from the weights before the first step. `constant`, `warm_up`
 of power-function averages (Karras et al. 2024).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,22 +95,24 @@ def reconstruction(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
 
 
 def reconstruct(
-    averages: Sequence[Any], snapshots: Sequence[Profile], time: float, relative_std: float
+    averages: Iterable[Any], snapshots: Sequence[Profile], time: float, relative_std: float
 ) -> Any:
-    """The average with this width at this time, out of snapshots: trees of NumPy arrays of weights.
+    """The average with this width at this time, out of snapshots: trees of arrays of weights.
 
     `averages` are the trees that `power` had made by the times of `snapshots` (gamma of each:
-    `power_of`). Summed in float64. Raises ValueError as `reconstruction`, or for unequal numbers.
+    `power_of`), taken one by one and summed in float64. A tree of NumPy arrays of their dtypes.
+    Raises ValueError as `reconstruction`, or for unequal numbers.
     """
-    if len(averages) != len(snapshots):
-        raise ValueError(f"{len(averages)} averages, but {len(snapshots)} profiles")
     factors = reconstruction(snapshots, Profile(time, power_of(relative_std)))
-
-    def combine(*leaves: Any) -> np.ndarray:
-        total = sum(f * np.asarray(x, np.float64) for f, x in zip(factors, leaves, strict=True))
-        return np.asarray(total).astype(np.asarray(leaves[0]).dtype)
-
-    return jax.tree.map(combine, *averages)
+    total: Any = None
+    dtypes: Any = None
+    for factor, average in zip(factors, averages, strict=True):
+        if total is None:
+            dtypes = jax.tree.map(lambda x: np.asarray(x).dtype, average)
+            total = jax.tree.map(lambda x: np.zeros(np.shape(x)), average)
+        part = jax.tree.map(lambda x, f=factor: f * np.asarray(x, np.float64), average)
+        total = jax.tree.map(np.add, total, part)
+    return jax.tree.map(lambda x, dtype: np.asarray(x).astype(dtype), total, dtypes)
 
 
 def _inner(a: Profile, b: Profile) -> float:
