@@ -10,6 +10,8 @@ import optax
 
 from ddpm.data.pipeline import to_float
 from ddpm.diffusion import timesteps
+from ddpm.diffusion.conditioning import Beside, Prepare, self_conditioned_by
+from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.training import ema
 from ddpm.training.objective import Objective, simple
@@ -17,7 +19,7 @@ from ddpm.training.objective import Objective, simple
 NUM_BUCKETS = 10
 # Streams of random numbers, each folded into the root key and then the step into it: nothing is
 # carried over, so that resuming needs nothing saved.
-_INIT, _TIMES, _NOISE, _DROPOUT, _LABELS = range(5)
+_INIT, _TIMES, _NOISE, _DROPOUT, _LABELS, _BESIDE, _COINS = range(7)
 
 
 class TrainState(NamedTuple):
@@ -96,13 +98,17 @@ def make_train_step(
     objective: Objective | None = None,
     num_classes: int = 0,
     label_dropout: float = 0.0,
+    prepare: Prepare | None = None,
+    self_conditioning: bool = False,
 ) -> TrainStep:
     """The step (state, metrics, images uint8[B, H, W, C], labels int[B] or None) -> (state,
     metrics): pure, to be jitted.
 
     By default Algorithm 1: L_simple at uniform t. Dropout is on, nothing clipped but the gradient.
     `ema_decay` is one number, or a rate of `ema`. Each label is replaced by num_classes, 'no
-    label', with probability `label_dropout` (Ho & Salimans 2022).
+    label', with probability `label_dropout` (Ho & Salimans 2022). `prepare` changes x_0 and says
+    what the network is told beside it. With `self_conditioning` the network is also given its own
+    guess of x_0, for half of the examples, which takes another call of it.
     """
     root = jax.random.key(seed)
     aim = objective or simple(schedule)
@@ -112,6 +118,7 @@ def make_train_step(
         params: Any, x_0: jax.Array, labels: jax.Array | None, step: jax.Array, history: Any
     ) -> tuple[jax.Array, Any]:
         stream = lambda s: jax.random.fold_in(jax.random.fold_in(root, s), step)  # noqa: E731
+        x_0, beside = (x_0, Beside()) if prepare is None else prepare(stream(_BESIDE), x_0)
         t, factor = aim.draw(history, stream(_TIMES), len(x_0))
         eps = jax.random.normal(stream(_NOISE), x_0.shape)
         conditions: tuple[jax.Array, ...] = ()  # a network without labels need not take any
@@ -119,13 +126,20 @@ def make_train_step(
             dropped = jax.random.bernoulli(stream(_LABELS), label_dropout, labels.shape)
             conditions = (jnp.where(dropped, num_classes, labels),)
 
-        def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
-            rngs = {"dropout": stream(_DROPOUT)}
-            return jnp.asarray(
-                model.apply({"params": params}, x_t, t, *conditions, train=True, rngs=rngs)
-            )
+        def with_guess(guess: jax.Array | None) -> Denoiser:
+            told = beside.arguments(len(x_0), guess)
 
-        loss = aim.loss(aim.denoiser(network), x_0, t, eps)
+            def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
+                how: Any = {"train": True, "rngs": {"dropout": stream(_DROPOUT)}} | told
+                return jnp.asarray(model.apply({"params": params}, x_t, t, *conditions, **how))
+
+            return aim.denoiser(network)
+
+        denoiser = with_guess(None)
+        if self_conditioning:
+            coins = jax.random.bernoulli(stream(_COINS), 0.5, (len(x_0),))
+            denoiser = self_conditioned_by(with_guess, coins)
+        loss = aim.loss(denoiser, x_0, t, eps)
         return (loss if factor is None else factor * loss).mean(), (loss, t)
 
     def train_step(
