@@ -2,6 +2,7 @@
 goes on from the last checkpoint, and ends in the same weights bit for bit."""
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from ddpm.errors import InputError
 from ddpm.files import write_whole
 from ddpm.interop import weights
 from ddpm.sampling import pictures
-from ddpm.training import sharding
+from ddpm.sampling.generate import Generator
+from ddpm.training import sharding, snapshots
 from ddpm.training.checkpoints import Checkpoints, items_of, parameter_count, saved_meta
 from ddpm.training.logbook import Logbook, plot_losses, say
 from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState, init, make_train_step
@@ -73,7 +75,13 @@ def _train(
     optimizer = built.optimizer
     start = jax.jit(
         lambda: init(
-            built.model, optimizer, source.image_shape, config.seed, built.objective.history
+            built.model,
+            optimizer,
+            source.image_shape,
+            config.seed,
+            built.objective.history,
+            schedule_parameters=built.objective.schedule_parameters(),
+            other_averages=len(built.other_ema_rates),
         ),
         out_shardings=everywhere,
     )
@@ -94,6 +102,7 @@ def _train(
             built.schedule,
             optimizer,
             ema_decay=built.ema_rate,
+            other_ema_rates=built.other_ema_rates,
             seed=config.seed,
             objective=built.objective,
             num_classes=config.model.num_classes,
@@ -103,7 +112,6 @@ def _train(
         out_shardings=everywhere,
         donate_argnums=(0, 1),
     )
-    generator = built.generator(mesh, batch_size=config.sampling.batch_size)
 
     def batch(step: int) -> tuple[jax.Array, jax.Array | None]:
         part = pipeline.train_batch(
@@ -132,6 +140,17 @@ def _train(
         f"to step {training.steps}, in {workdir}"
     )
 
+    @functools.cache
+    def fixed_generator() -> Generator:
+        return built.generator(mesh, batch_size=config.sampling.batch_size)
+
+    def generator_for(params: Any) -> Generator:
+        """Compiled once, but for a schedule that was learned on."""
+        if built.objective.begin is None:
+            return fixed_generator()
+        now = built.with_schedule(jax.device_get(params))
+        return now.generator(mesh, batch_size=config.sampling.batch_size)
+
     def save(state: TrainState, metrics: Metrics) -> None:
         check_finite(metrics, checkpoints)
         if checkpoints.latest_step() != int(state.step):
@@ -142,10 +161,19 @@ def _train(
             }
             checkpoints.save(state, about)
 
+    def keep_averages(state: TrainState) -> None:
+        check_finite(metrics, checkpoints)
+        if jax.process_index() == 0:
+            averages = (state.ema_params, *state.other_ema_params)
+            snapshots.save(
+                workdir / "averages", int(state.step), averages, training.ema_relative_stds
+            )
+
     def draw(state: TrainState, stop: StopSignal) -> None:
         """A grid of samples; none if a signal comes between two batches of them."""
         step, params = int(state.step), state.ema_params if config.sampling.ema else state.params
         s, batches = config.sampling, []
+        generator = generator_for(params)
         for part in generator.batches(params, s.num_samples, seed=s.seed):
             batches.append(part)
             if stop.name:
@@ -174,6 +202,9 @@ def _train(
                     check_finite(metrics, checkpoints)
                     logbook.scalars(step, summary(metrics, built.schedule.num_steps))
                     metrics = no_metrics()
+                every = training.ema_snapshot_every
+                if every and (step % every == 0 or step == training.steps):
+                    keep_averages(state)
                 if step % training.checkpoint_every == 0:
                     save(state, metrics)
                 between = training.sample_every and step < training.steps

@@ -22,13 +22,13 @@ from ddpm.errors import InputError
 from ddpm.training.state import TrainState
 
 _ARRAYS = ("params", "ema_params", "opt_state")
-_IF_ANY = "loss_history"
+_IF_ANY = ("loss_history", "other_ema_params")
 
 
 def items_of(state: TrainState) -> dict[str, Any]:
-    """The arrays of a checkpoint by name; the loss history where the objective keeps one."""
-    names = (*_ARRAYS, _IF_ANY) if jax.tree.leaves(state.loss_history) else _ARRAYS
-    return {name: getattr(state, name) for name in names}
+    """The arrays of a checkpoint by name; those that not all states have where there are any."""
+    more = (name for name in _IF_ANY if jax.tree.leaves(getattr(state, name)))
+    return {name: getattr(state, name) for name in (*_ARRAYS, *more)}
 
 
 class Damaged(Exception):
@@ -46,7 +46,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
-        names = (*_ARRAYS, _IF_ANY)
+        names = (*_ARRAYS, *_IF_ANY)
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in names}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         self._manager = ocp.CheckpointManager(
@@ -141,7 +141,7 @@ class Checkpoints:
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             )
             meta = restored["meta"]
-            right = meta["step"] == step and set(meta["digests"]) - {_IF_ANY} == set(_ARRAYS)
+            right = meta["step"] == step and set(meta["digests"]) - set(_IF_ANY) == set(_ARRAYS)
         except Exception as error:
             _raise_damaged("its meta cannot be read", error)
         if not right:
