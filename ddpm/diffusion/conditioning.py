@@ -6,6 +6,7 @@ again, with noise in it that it is told the level of (conditioning augmentation)
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +60,8 @@ def self_conditioned_by(with_guess: Guessing, coins: jax.Array) -> Denoiser:
     return denoise
 
 
-class SelfConditioned(NamedTuple):
+@dataclass(frozen=True)
+class SelfConditioned:
     """The denoiser of two calls: the second is given what the first predicts from no guess.
 
     It is a function of x_t and t, as bounds and flows need it, and both calls are differentiated.
