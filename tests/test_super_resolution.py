@@ -65,7 +65,7 @@ def test_samples_are_of_their_own_small_images(workdir):
     assert "_ddim20_eta0_from" in path
     distance = apart(samples, averaged(to_float(TEST[:40]), (4, 4)))
     own = distance.diagonal()
-    assert own.mean() < 0.15 < 0.5 < distance.mean()
+    assert own.mean() < distance.mean() / 2
     assert (distance.argmin(axis=1) == np.arange(40)).mean() > 0.9
 
 
@@ -114,14 +114,7 @@ def loaded(workdir):
 
 def test_what_cannot_be_is_refused(workdir, tmp_path):
     np.savez(tmp_path / "large.npz", images=TEST[:3])
-    said = fails(
-        command(
-            workdir,
-            "--mode=sample",
-            **(SMALL | {"sampling__low_resolution_images": tmp_path / "large.npz"}),
-        )
-    )
-    assert "low_resolution_images" in said
-    assert "images are 8x8x1, the model's 4x4x1" in said
-    said = fails(command(workdir, "--mode=edit", "--input=x.png", **SMALL))
-    assert "this model enlarges, and does not edit" in said
+    large = SMALL | {"sampling__low_resolution_images": tmp_path / "large.npz"}
+    said = "low_resolution_images: ", "images are 8x8x1, the model's 4x4x1"
+    fails(command(workdir, "--mode=sample", **large), *said)
+    fails(command(workdir, "--mode=edit", "--input=x.png", **SMALL), "enlarges, and does not edit")
