@@ -84,6 +84,8 @@ def test_samples_and_bounds_are_told_alike():
     close(jax.jit(steered)(x_t, t).x_0, bound, atol=1e-5)
     first = jax.jit(steered.with_guess(jnp.zeros_like(x_t)))(x_t, t).x_0
     assert np.abs(first - bound).max() > 1e-3  # the guess is seen
+    told = conditioning.beside(built.config, SHAPE[:2], small, np.arange(3)).features
+    close(told, np.tile([0.0] * 9 + [0.2], (3, 1)))  # nothing augmented, and the noise's level
     # With numbers there is noise in the small image, each sample's own, in whatever batch.
     noised = lambda i: jax.jit(built.steered_denoiser(params, i, small[i]))(x_t[i], t[i]).x_0  # noqa: E731
     whole = noised(np.arange(3))

@@ -52,6 +52,10 @@ def test_translation_by_whole_pixels_mirrors_at_the_borders():
     padded = np.pad(X, ((0, 0), (2, 2), (3, 3), (0, 0)), mode="symmetric")
     close(warped(f7=1), padded[:, 2:10, 2:10], atol=1e-6)
     close(warped(f7=-3, f8=2), padded[:, 0:8, 6:14], atol=1e-6)
+    # After a flip and a turn, it is still to the right.
+    turned = np.rot90(X[:, :, ::-1], -1, (1, 2))
+    padded = np.pad(turned, ((0, 0), (0, 0), (2, 0), (0, 0)), mode="symmetric")[:, :, :8]
+    close(warped(f0=1, f3=-1, f4=1, f7=2), padded, atol=1e-5)
 
 
 def test_scale_enlarges_about_the_middle():
