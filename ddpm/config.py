@@ -45,6 +45,8 @@ def default() -> ConfigDict:
     config.model.frequency_shift = 1  # of its frequencies
     config.model.noise_input = "t"  # or "log_snr": what the network is told of the noise
     config.model.num_classes = 0  # of the data's labels, to learn each; 0: without labels
+    # Super-resolution: the shorter side of the small image that x_0 is drawn to; 0: from nothing.
+    config.model.low_resolution = 0
 
     config.diffusion = ConfigDict()
     config.diffusion.schedule = "linear"
@@ -76,6 +78,9 @@ def default() -> ConfigDict:
     config.training.ema = "constant"  # or 'warm_up' to ema_decay, 'half_life', 'power'
     config.training.ema_decay = 0.9999
     config.training.label_dropout = 0.1  # share of labels that are left out, for guidance
+    config.training.self_conditioning = False  # the network sees what it predicted before
+    config.training.augmentation = 0.0  # probability of each change, of which the network is told
+    config.training.low_resolution_noise = 0.0  # most sigma in the small image, in [0, 1)
     config.training.ema_images = 500_000  # of 'half_life'
     config.training.ema_relative_stds = (0.05, 0.1)  # of 'power': widths; samples by the first
     config.training.ema_snapshot_every = 0  # steps, of 'power': to make any width afterwards
@@ -111,6 +116,10 @@ def default() -> ConfigDict:
     config.sampling.guidance_interval = ()  # (lo, hi] in sigma/alpha to guide in; (): everywhere
     config.sampling.guidance_rescale = 0.0  # to the spread of the unguided; 1: wholly
     config.sampling.classifier_scale = 0.0  # by the data's shipped classifier; 0: unguided
+    # What is enlarged, sample i from image i mod n: an .npz, pictures or a folder of them; '':
+    # held-out data averaged down.
+    config.sampling.low_resolution_images = ""
+    config.sampling.low_resolution_noise = 0.0  # sigma in them, at most that of training
     config.sampling.ema = True  # the averaged weights, not the last ones
     config.sampling.ema_relative_std = 0.0  # another width, of the snapshots; 0: the run's own
     config.sampling.num_samples = 64

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ddpm import reverse_process
+from ddpm import conditioning, reverse_process
 from ddpm.config import default, flatten, to_json
 from ddpm.data import sources
 from ddpm.data.folders import folder
@@ -18,6 +18,7 @@ from ddpm.data.sources import Source
 from ddpm.data.tfds_sets import tfds
 from ddpm.diffusion import continuous, schedules
 from ddpm.diffusion.analytic import analytic
+from ddpm.diffusion.conditioning import Guessing, Prepare, averaged
 from ddpm.diffusion.predictions import Denoiser, clipped, thresholded
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.variances import ReverseVariance
@@ -66,6 +67,7 @@ class Experiment(NamedTuple):
     ema_rate: ema.Rate
     other_ema_rates: tuple[ema.Rate, ...]
     moments: jax.Array | None = None  # of variance 'analytic', float32[T + 1]
+    small_images: np.ndarray | None = None  # what samples enlarge, float32[n, h, w, C]
 
     @property
     def variance(self) -> ReverseVariance:
@@ -90,7 +92,7 @@ class Experiment(NamedTuple):
 
     @property
     def sampler(self) -> Sampler:
-        """By config.sampling."""
+        """By config.sampling, for a denoiser that is a function of x_t and t."""
         return reverse_process.sampler(self.config, self.variance)
 
     @property
@@ -98,31 +100,47 @@ class Experiment(NamedTuple):
         """What the sampler visits, [N + 1]."""
         return reverse_process.times(self.config, self.schedule)
 
-    def unclipped_denoiser(self, params: Any, label: jax.Array | None = None) -> Denoiser:
-        """The network at these weights without dropout; with labels int[B], if it knows any."""
+    @property
+    def prepare(self) -> Prepare | None:
+        """What a training step makes of x_0 and tells of it."""
+        return conditioning.prepare(self.config, self.image_shape)
 
-        def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
-            return jnp.asarray(self.model.apply({"params": params}, x_t, t, label))
+    def unclipped_denoiser(
+        self, params: Any, label: jax.Array | None = None, x_0: jax.Array | None = None
+    ) -> Denoiser:
+        """The network at these weights without dropout; with labels int[B], if it knows any.
 
-        return self.objective.denoiser(network)
+        A network that enlarges is given the low resolution of `x_0`, [B, H, W, C].
+        """
+        small = self._averaged(x_0)
+        return conditioning.denoiser(self.config, self._network(params, label, small))
 
-    def denoiser(self, params: Any) -> Denoiser:
+    def denoiser(self, params: Any, x_0: jax.Array | None = None) -> Denoiser:
         """The same without label, clipped where the config says so: what the bound is of."""
-        denoise = self.unclipped_denoiser(params)
+        denoise = self.unclipped_denoiser(params, x_0=x_0)
         return clipped(self.schedule, denoise) if self.config.sampling.clip else denoise
 
-    def steered_denoiser(self, params: Any, indices: jax.Array | None = None) -> Denoiser:
+    def steered_denoiser(
+        self, params: Any, indices: jax.Array | None = None, small: jax.Array | None = None
+    ) -> Denoiser:
         """What samples are drawn by: of a class, guided and clipped as config.sampling says.
 
         `indices` [B] number the samples: of a model with labels, sample i is of class
         i mod num_classes, or all are of config.sampling.label; without numbers, if that is -1, of
-        no class.
+        no class. A network that enlarges is given `small`, [B, h, w, C].
         """
-        s, classes, schedule = self.config.sampling, self.config.model.num_classes, self.schedule
-        denoise = unlabelled = self.unclipped_denoiser(params)
+        s, classes = self.config.sampling, self.config.model.num_classes
+        label = None
         if classes and (s.label >= 0 or indices is not None):
             label = jnp.full(1, s.label) if s.label >= 0 else indices % classes
-            denoise = self.unclipped_denoiser(params, label)
+        labelled = self._network(params, label, small, indices)
+        unlabelled = self._network(params, None, small, indices)
+        return conditioning.denoiser(
+            self.config, lambda guess: self._steered(labelled(guess), unlabelled(guess))
+        )
+
+    def _steered(self, denoise: Denoiser, unlabelled: Denoiser) -> Denoiser:
+        s, schedule = self.config.sampling, self.schedule
         if s.guidance_scale != 1:
             interval = tuple(s.guidance_interval) or None
             denoise = classifier_free(
@@ -140,17 +158,42 @@ class Experiment(NamedTuple):
             return thresholded(schedule, denoise, s.dynamic_threshold)
         return clipped(schedule, denoise) if s.clip else denoise
 
+    def _network(
+        self,
+        params: Any,
+        label: jax.Array | None,
+        small: jax.Array | None,
+        indices: jax.Array | None = None,
+    ) -> Guessing:
+        """Read as the objective does, of a guess of x_0 (None where it takes none)."""
+        beside = conditioning.beside(self.config, self.image_shape[:2], small, indices)
+
+        def with_guess(guess: jax.Array | None) -> Denoiser:
+            def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
+                told = beside.arguments(len(x_t), guess)
+                return jnp.asarray(self.model.apply({"params": params}, x_t, t, label, **told))
+
+            return self.objective.denoiser(network)
+
+        return with_guess
+
+    def _averaged(self, x_0: jax.Array | None) -> jax.Array | None:
+        if x_0 is None or not self.config.model.low_resolution:
+            return None
+        return averaged(x_0, conditioning.small_size(self.config, self.image_shape))
+
     def generator(self, mesh: Mesh, *, batch_size: int) -> Generator:
         """Samples by the config's sampler; the batch size is rounded up to the devices' number."""
         devices = mesh.devices.size
         return Generator(
             self.schedule,
             self.steered_denoiser,
-            self.sampler,
+            conditioning.sampler(self.config, self.sampler),
             self.image_shape,
             times=self.times,
             batch_size=-(-batch_size // devices) * devices,
             sharding=sharding.split_batch(mesh),
+            given=self.small_images,
         )
 
 
@@ -158,6 +201,8 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
     """All objects of a config for images of this shape; InputError for what does not fit."""
     validate(config)
     check_steering(config)
+    if config.model.low_resolution:
+        conditioning.small_size(config, image_shape)
     t, m = config.training, config.model
     model = UNet(
         channels=m.channels,
@@ -174,6 +219,7 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
         cosines_first=m.cosines_first,
         frequency_shift=m.frequency_shift,
         num_classes=m.num_classes,
+        **conditioning.network_inputs(config, image_shape[-1]),
     )
     check_model(model, image_shape)
     if config.sampling.classifier_scale:

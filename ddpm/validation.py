@@ -114,6 +114,7 @@ def validate(config: Mapping[str, Any]) -> None:
     if config["editing"]["t"] > num_steps:
         t = config["editing"]["t"]
         raise InputError(f"config.editing.t = {t}: must be in 1..T = {num_steps}, or 0 for T / 2")
+    _check_conditioning(config)
 
 
 def check_steering(config: Mapping[str, Any]) -> None:
@@ -150,6 +151,29 @@ def check_steering(config: Mapping[str, Any]) -> None:
         raise InputError(
             f"config.sampling.dynamic_threshold = {s['dynamic_threshold']}: goes with "
             "config.sampling.clip = True"
+        )
+
+
+def _check_conditioning(config: Mapping[str, Any]) -> None:
+    given, t = flatten(config), config["training"]
+    enlarges = config["model"]["low_resolution"]
+    for key in ("training.low_resolution_noise", "sampling.low_resolution_noise",
+                "sampling.low_resolution_images"):  # fmt: skip
+        if given[key] and not enlarges:
+            raise InputError(
+                f"config.{key} = {given[key]!r}: goes with config.model.low_resolution, the size "
+                "of the images to enlarge"
+            )
+    noise, most = config["sampling"]["low_resolution_noise"], t["low_resolution_noise"]
+    if noise > most:
+        raise InputError(
+            f"config.sampling.low_resolution_noise = {noise}: more than in training "
+            f"(config.training.low_resolution_noise = {most}), which the model has not learned"
+        )
+    if t["augmentation"] and t["loss"] in ("bound", "hybrid"):
+        raise InputError(
+            f"config.training.augmentation = {t['augmentation']}: warped images are not the 8-bit "
+            f"data that the decoder in config.training.loss = {t['loss']!r} codes: take 'mse'"
         )
 
 
@@ -223,6 +247,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "model.head_channels": _whole(0),
     "model.frequency_shift": (lambda v: v in (0, 1), "0 or 1"),
     "model.num_classes": _whole(0),
+    "model.low_resolution": _whole(0),
     "diffusion.num_steps": _whole(1),
     "diffusion.beta_start": (lambda v: 0 < v < 1, "in (0, 1)"),
     "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),
@@ -240,6 +265,8 @@ _RULES: dict[str, tuple[Any, str]] = {
     "training.huber_delta": _POSITIVE,
     "training.ema_decay": _FRACTION,
     "training.label_dropout": _FRACTION,
+    "training.augmentation": (lambda v: 0 <= v <= 1, "a probability in [0, 1]"),
+    "training.low_resolution_noise": _FRACTION,
     "training.ema_images": _whole(1),
     "training.ema_relative_stds": (_widths, "a tuple of different numbers in (0, 0.28]"),
     "training.ema_snapshot_every": _whole(0),
@@ -275,6 +302,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "sampling.guidance_rescale": (lambda v: 0 <= v <= 1, "in [0, 1]"),
     "sampling.classifier_scale": _FINITE,
     "sampling.ema_relative_std": (lambda v: 0 <= v <= 0.28, "0 or in (0, 0.28]"),
+    "sampling.low_resolution_noise": _FRACTION,
     "sampling.num_samples": _whole(1),
     "sampling.batch_size": _whole(1),
     "sampling.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),

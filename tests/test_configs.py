@@ -71,13 +71,14 @@ def test_config_takes_a_step_at_toy_size(file):
         r // shrink for r in config.model.attention_resolutions
     )
     heads = config.model.head_channels * 8 // config.model.channels
+    config.model.low_resolution //= shrink
     config.model.update(channels=8, num_groups=8, num_res_blocks=1, head_channels=heads)
     config.training.warmup_steps = 0
     shape = (height // shrink, width // shrink, channels)
     built = experiment.build(config, shape)
     step = jax.jit(make_train_step(
         built.model, built.schedule, built.optimizer, ema_decay=0.9, seed=0,
-        objective=built.objective,
+        objective=built.objective, prepare=built.prepare,
     ))  # fmt: skip
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, *shape), dtype=np.uint8)

@@ -6,6 +6,7 @@ again, with noise in it that it is told the level of (conditioning augmentation)
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from ddpm.diffusion.gaussian import lift
 from ddpm.diffusion.predictions import Denoiser, Prediction
 
-Guessing = Callable[[jax.Array], Denoiser]  # of a guess of x_0, in its shape; zeros: of none
+Guessing = Callable[[Any], Denoiser]  # of a guess of x_0, [B, ...]; None where none is taken
 
 
 class Beside(NamedTuple):
@@ -23,7 +24,7 @@ class Beside(NamedTuple):
     image: jax.Array | None = None
     features: jax.Array | None = None
 
-    def arguments(self, batch_size: int, guess: jax.Array | None = None) -> dict[str, jax.Array]:
+    def arguments(self, batch_size: int, guess: jax.Array | None = None) -> dict[str, Any]:
         """Those of a network's call: `condition`, first the guess and then the image, `features`.
 
         A guess outside the data's range [-1, 1], as eps of much noise may make it, is clipped.
@@ -31,7 +32,7 @@ class Beside(NamedTuple):
         images = [] if guess is None else [jnp.clip(guess, -1.0, 1.0)]
         if self.image is not None:
             images.append(jnp.broadcast_to(self.image, (batch_size, *self.image.shape[1:])))
-        told = {"condition": jnp.concatenate(images, axis=-1)} if images else {}
+        told: dict[str, Any] = {"condition": jnp.concatenate(images, axis=-1)} if images else {}
         if self.features is not None:
             width = self.features.shape[-1]
             told["features"] = jnp.broadcast_to(self.features, (batch_size, width))
@@ -59,7 +60,8 @@ def self_conditioned_by(with_guess: Guessing, coins: jax.Array) -> Denoiser:
     return denoise
 
 
-class SelfConditioned(NamedTuple):
+@dataclass(frozen=True)
+class SelfConditioned:
     """The denoiser of two calls: the second is given what the first predicts from no guess.
 
     It is a function of x_t and t, as bounds and flows need it, and both calls are differentiated.
@@ -98,11 +100,12 @@ def enlarged(small: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 def low_resolution(
     small: jax.Array, level: jax.Array, noise: jax.Array, size: tuple[int, int]
-) -> Beside:
-    """Of small images [B, h, w, C]: q(z_s | z) at noise level sigma_s = `level` [B], enlarged.
+) -> tuple[jax.Array, jax.Array]:
+    """Small images [B, h, w, C] noised as q(z_s | z), sigma_s = `level` [B], enlarged to `size`.
 
-    alpha_s^2 = 1 - level^2, so level 0 is the image itself. The level is the one feature told.
+    And the feature that tells the level, [B, 1]. alpha_s^2 = 1 - level^2, so level 0 is the image
+    itself, and no feature.
     """
     level = jnp.broadcast_to(level, small.shape[:1])
     z = lift(jnp.sqrt(1 - level**2), small) * small + lift(level, small) * noise
-    return Beside(enlarged(z, size), level[:, None])
+    return enlarged(z, size), level[:, None]

@@ -242,6 +242,16 @@ def to_scheduler_config(config: ConfigDict, schedule: NoiseSchedule) -> dict[str
 
 def check_written(config: ConfigDict) -> None:
     """InputError for what diffusers' schedulers are not told of here: all but eps alone."""
+    for section, key in (
+        ("training", "self_conditioning"),
+        ("training", "augmentation"),
+        ("model", "low_resolution"),
+    ):
+        if config[section][key]:
+            raise InputError(
+                f"config.{section}.{key} = {config[section][key]!r}: diffusers' UNet2DModel takes "
+                "x_t, t and a label alone, so this network cannot be exported"
+            )
     d = config.diffusion
     for key in ("prediction", "variance"):
         if d[key] not in ("eps", "fixed_large", "fixed_small"):

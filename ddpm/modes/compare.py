@@ -16,6 +16,7 @@ from ddpm.config import flatten, nearest, to_json
 from ddpm.errors import InputError
 from ddpm.evaluation import comparison, distances, features, report
 from ddpm.files import write_whole
+from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import Run, draw, load_run, with_variance
 from ddpm.modes.measures.job import features_of_data, make_extractor
 from ddpm.training.logbook import say
@@ -52,6 +53,8 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     """
     parse(config)  # what is wrong with them is said before the run is read
     first = load_run(config, workdir, "compare", init_from)
+    small = with_small_images(first.built, config.comparison.num_samples)
+    first = first._replace(built=small)
     built = first.built
     runs = [
         (entry, first._replace(built=built._replace(config=entry.config)))

@@ -11,13 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpm.data import sources
-from ddpm.data.folders import folder
 from ddpm.data.images import read_image
 from ddpm.data.pipeline import to_float, to_uint8
 from ddpm.diffusion.keys import sample_keys
 from ddpm.errors import InputError
 from ddpm.experiment import with_settings
+from ddpm.modes.inputs import by, pictures_at
 from ddpm.modes.loading import Run, load_run
 from ddpm.sampling import editing, pictures
 from ddpm.sampling.sample import sample
@@ -53,7 +52,12 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> 
         )
     if task == "reconstruct":  # it is DDIM that can be inverted
         config, _ = with_settings(config, sampling={"sampler": "ddim", "eta": 0.0})
-    read = _inputs(given)
+    if config.model.low_resolution:
+        raise InputError(
+            f"config.model.low_resolution = {config.model.low_resolution}: this model enlarges, "
+            "and does not edit: see --mode=sample with config.sampling.low_resolution_images"
+        )
+    read = pictures_at(given, "--input")
     run = load_run(config, workdir, "edit", init_from)
     images = read(run.built.image_shape)
     edited = _TASKS[task](run, images)
@@ -76,35 +80,6 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> 
 # --- What is given
 
 
-def _inputs(given: str) -> Callable[[tuple[int, int, int]], np.ndarray]:
-    """A function of the model's shape [H, W, C] to the pictures, uint8[n, H, W, C]."""
-    paths = [Path(p).expanduser() for p in ([given] if Path(given).exists() else given.split(","))]
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"--input: {path}: there is no such file or folder")
-
-    def read(shape: tuple[int, int, int]) -> np.ndarray:
-        return np.concatenate([_read(path, shape) for path in paths])
-
-    return read
-
-
-def _read(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    size, channels = shape[:2], shape[2]
-    if path.is_dir():
-        source: Any = folder(path, size, channels=channels, memory_budget=0)
-    elif path.suffix.lower() == ".npz":
-        source = sources.npz(path)
-        if source.image_shape != shape:
-            raise InputError(
-                f"--input: {path}: its images are {_by(source.image_shape)}, the model's "
-                f"{_by(shape)}; only pictures and folders are resized"
-            )
-    else:
-        return read_image(path, channels=channels, image_size=size)[None]
-    return source.read(np.arange(len(source))).image
-
-
 def _keep(run: Run) -> np.ndarray:
     """Where not to paint, bool[H, W, 1], by config.editing.mask or .box."""
     e, (height, width, _) = run.built.config.editing, run.built.image_shape
@@ -112,8 +87,8 @@ def _keep(run: Run) -> np.ndarray:
         mask = read_image(Path(e.mask).expanduser(), channels=1, image_size=None)
         if mask.shape[:2] != (height, width):
             raise InputError(
-                f"config.editing.mask = {e.mask!r} is {_by(mask.shape[:2])}, the model's images "
-                f"are {_by((height, width))} (height x width): make it exactly that size"
+                f"config.editing.mask = {e.mask!r} is {by(mask.shape[:2])}, the model's images "
+                f"are {by((height, width))} (height x width): make it exactly that size"
             )
         keep = mask < 128
     else:
@@ -121,17 +96,13 @@ def _keep(run: Run) -> np.ndarray:
         if top + rows > height or left + columns > width:
             raise InputError(
                 f"config.editing.box = {tuple(e.box)}: (top, left, height, width) must lie within "
-                f"the model's {_by((height, width))}"
+                f"the model's {by((height, width))}"
             )
         keep = np.ones((height, width, 1), bool)
         keep[top : top + rows, left : left + columns] = False
     if keep.all():
         raise InputError(f"config.editing.mask = {e.mask!r} has no white: nothing would be painted")
     return keep
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
 
 
 # --- The tasks

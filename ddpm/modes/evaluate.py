@@ -14,6 +14,7 @@ from ddpm.config import PARTS, to_json
 from ddpm.errors import InputError
 from ddpm.evaluation import report
 from ddpm.files import write_whole
+from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import load_run
 from ddpm.modes.measures import chains, fidelity, likelihoods
 from ddpm.modes.measures.job import prepare
@@ -44,6 +45,7 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
             raise InputError(
                 f"the run is on images of {run.built.image_shape}, these are {source.image_shape}"
             )
+    run = run._replace(built=with_small_images(run.built, config.evaluation.num_samples))
     wanted = [part for part in PARTS if part in config.evaluation.parts]
     job = prepare(run, workdir, train, held_out, wanted)
     found: dict[str, Any] = {}

@@ -52,7 +52,16 @@ class Run(NamedTuple):
         how = reverse_process.sampler_name(self.built.config, self.built.schedule)
         raw = self.step is not None and not s.ema
         other = ("_raw" if raw else "") + ("" if s.clip else "_unclipped")
-        return f"{self.tag}_{how}{steering_name(s)}_seed{seed}_n{num_samples}{other}"
+        steered = steering_name(s) + self._small_name()
+        return f"{self.tag}_{how}{steered}_seed{seed}_n{num_samples}{other}"
+
+    def _small_name(self) -> str:
+        """Of what is enlarged, by its contents; '' where nothing is."""
+        small, noise = self.built.small_images, self.built.config.sampling.low_resolution_noise
+        if small is None:
+            return ""
+        digest = hashlib.sha256(small.tobytes()).hexdigest()[:8]
+        return f"_from{digest}" + (f"noised{noise:.9g}" if noise else "")
 
 
 def steering_name(s: ConfigDict) -> str:
@@ -150,7 +159,7 @@ def with_variance(run: Run, workdir: Path) -> Run:
     label = examples.label if config.model.num_classes else None
     measure = jax.jit(
         lambda params, x, label: second_moments(
-            schedule, run.built.unclipped_denoiser(params, label), x, key
+            schedule, run.built.unclipped_denoiser(params, label, x), x, key
         )
     )
     moments = np.asarray(measure(run.params, to_float(examples.image), label))

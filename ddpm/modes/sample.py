@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import draw, load_run
 from ddpm.sampling import pictures
 
@@ -26,6 +27,7 @@ def sample(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
         pictures.mp4_writer()  # is it there
     run = load_run(config, workdir, "sample", init_from)
     s, image_shape = config.sampling, run.built.image_shape
+    run = run._replace(built=with_small_images(run.built, s.num_samples))
     name = run.sample_name(s.seed, s.num_samples)
     generator = run.generator(s.num_samples)
     first: list[np.ndarray] = []

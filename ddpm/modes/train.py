@@ -20,6 +20,7 @@ from ddpm.data.sources import Source
 from ddpm.errors import InputError
 from ddpm.files import write_whole
 from ddpm.interop import weights
+from ddpm.modes.inputs import with_small_images
 from ddpm.sampling import pictures
 from ddpm.sampling.generate import Generator
 from ddpm.training import sharding, snapshots
@@ -52,6 +53,7 @@ def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     source = experiment.source(config)
     experiment.check_labels(config, source)
     built = experiment.build(config, source.image_shape)
+    built = with_small_images(built, config.sampling.num_samples)
     _ = built.sampler  # refused now, if at all, not when the first samples are due
     check_run(config, workdir, source)
     if given is not None and given.image_shape != source.image_shape:
@@ -107,6 +109,8 @@ def _train(
             objective=built.objective,
             num_classes=config.model.num_classes,
             label_dropout=training.label_dropout,
+            prepare=built.prepare,
+            self_conditioning=training.self_conditioning,
         ),
         in_shardings=(everywhere, everywhere, split, split),
         out_shardings=everywhere,

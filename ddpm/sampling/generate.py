@@ -23,60 +23,70 @@ class Generator:
     """Samples of one model. Compiled once: the last, partial batch is drawn whole and cut.
 
     `make_denoiser` closes over the weights and, where samples are of different classes, say, over
-    which they are: (params, numbers of the samples int[B]) -> Denoiser. `times` are the sampler's
-    own if left out. `sharding` splits a batch over devices, whose number must divide `batch_size`.
+    which they are: (params, numbers of the samples int[B]) -> Denoiser. With `given`, images that
+    samples are made from, it takes those too: of sample i given[i mod n], [B, ...]. `times` are the
+    sampler's own if left out. `sharding` splits a batch over devices, whose number must divide
+    `batch_size`.
     `evaluations` is how often the last batch called the denoiser.
     """
 
     def __init__(
         self,
         schedule: NoiseSchedule,
-        make_denoiser: Callable[[Any, jax.Array], Denoiser],
+        make_denoiser: Callable[..., Denoiser],
         sampler: Sampler,
         image_shape: tuple[int, int, int],
         *,
         batch_size: int,
         times: np.ndarray | None = None,
         sharding: NamedSharding | None = None,
+        given: np.ndarray | None = None,
     ) -> None:
         if times is None:
             times = samplers.times(schedule.num_steps, sampler.steps)
         self.batch_size = batch_size
+        self._given_images = given
         self.times = tuple(times.tolist())
         self.evaluations = 0
         shape = (batch_size, *image_shape)
         options: dict[str, Any] = {"sampler": sampler, "times": times}
 
-        def draw(params: Any, seed: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:
+        def draw(
+            params: Any, seed: jax.Array, start: jax.Array, *images: jax.Array
+        ) -> tuple[jax.Array, ...]:
             indices = start + jnp.arange(batch_size)
             if sharding is not None:
-                indices = jax.lax.with_sharding_constraint(indices, sharding)
+                indices, *images = jax.lax.with_sharding_constraint((indices, *images), sharding)
             keys = sample_keys(jax.random.key(seed), indices)
-            denoiser = make_denoiser(params, indices)
+            denoiser = make_denoiser(params, indices, *images)
             chain = sample_chain(keys, schedule, denoiser, shape, snapshots=0, **options)
             return to_uint8(chain.x_0), jnp.isfinite(chain.x_0).all(), chain.evaluations
 
-        def draw_chain(params: Any, keys: jax.Array, snapshots: int) -> jax.Array:
+        def draw_chain(
+            snapshots: int, params: Any, keys: jax.Array, *images: jax.Array
+        ) -> jax.Array:
             few = (len(keys), *image_shape)
-            denoiser = make_denoiser(params, jnp.arange(len(keys)))
+            denoiser = make_denoiser(params, jnp.arange(len(keys)), *images)
             chain = sample_chain(keys, schedule, denoiser, few, snapshots=snapshots, **options)
             return to_uint8(jnp.concatenate([chain.x_t, chain.x_0[None]]))
 
-        def draw_predicted(params: Any, keys: jax.Array, snapshots: int) -> jax.Array:
+        def draw_predicted(
+            snapshots: int, params: Any, keys: jax.Array, *images: jax.Array
+        ) -> jax.Array:
             few = (len(keys), *image_shape)
-            denoiser = make_denoiser(params, jnp.arange(len(keys)))
+            denoiser = make_denoiser(params, jnp.arange(len(keys)), *images)
             chain = sample_chain(keys, schedule, denoiser, few, snapshots=snapshots, **options)
             return to_uint8(chain.predicted_x_0)
 
-        def draw_sharing(params: Any, keys: jax.Array, t: float) -> jax.Array:
+        def draw_sharing(t: float, params: Any, keys: jax.Array, *images: jax.Array) -> jax.Array:
             few = (len(keys), *image_shape)
-            denoiser = make_denoiser(params, jnp.zeros(1, int))
+            denoiser = make_denoiser(params, jnp.zeros(1, int), *images)
             return to_uint8(share(keys, schedule, denoiser, few, t, **options))
 
-        self._draw_predicted = jax.jit(draw_predicted, static_argnums=2)
-        self._draw_sharing = jax.jit(draw_sharing, static_argnums=2)
+        self._draw_predicted = jax.jit(draw_predicted, static_argnums=0)
+        self._draw_sharing = jax.jit(draw_sharing, static_argnums=0)
         self._draw = jax.jit(draw)
-        self._draw_chain = jax.jit(draw_chain, static_argnums=2)
+        self._draw_chain = jax.jit(draw_chain, static_argnums=0)
 
     def batches(self, params: Any, num_samples: int, *, seed: int) -> Iterator[np.ndarray]:
         """uint8[n, H, W, C], n <= batch_size, until num_samples have come.
@@ -84,7 +94,9 @@ class Generator:
         Raises InputError for samples that are not finite, which uint8 would hide.
         """
         for start in range(0, num_samples, self.batch_size):
-            images, finite, calls = self._draw(params, np.uint32(seed), np.int32(start))
+            images, finite, calls = self._draw(
+                params, np.uint32(seed), np.int32(start), *self._given(start, self.batch_size)
+            )
             self.evaluations = int(calls)
             if not finite:
                 raise InputError(
@@ -100,12 +112,14 @@ class Generator:
     def chain(self, params: Any, num_samples: int, *, seed: int, snapshots: int) -> np.ndarray:
         """x_t on the way to x_0, the last frame: uint8[frames, num_samples, H, W, C]."""
         keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
-        return np.asarray(self._draw_chain(params, keys, snapshots))
+        given = self._given(0, num_samples)
+        return np.asarray(self._draw_chain(snapshots, params, keys, *given))
 
     def progressive(self, params: Any, num_samples: int, *, seed: int, snapshots: int) -> Any:
         """x_0 as predicted along the chains (Figure 6): uint8[snapshots, num_samples, H, W, C]."""
         keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
-        return np.asarray(self._draw_predicted(params, keys, snapshots))
+        given = self._given(0, num_samples)
+        return np.asarray(self._draw_predicted(snapshots, params, keys, *given))
 
     def sharing(self, params: Any, num_samples: int, *, seed: int, t: float) -> np.ndarray:
         """Samples whose chains are one until x_t (Figure 7): uint8[num_samples, H, W, C].
@@ -115,7 +129,12 @@ class Generator:
         t must be one of `times`, above 0.
         """
         keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
-        return np.asarray(self._draw_sharing(params, keys, t))
+        return np.asarray(self._draw_sharing(t, params, keys, *self._given(0, 1)))
+
+    def _given(self, start: int, n: int) -> tuple[np.ndarray, ...]:
+        """What samples start, .., start + n - 1 are made from, where there is such."""
+        images = self._given_images
+        return () if images is None else (images[np.arange(start, start + n) % len(images)],)
 
 
 def _whole(x: jax.Array) -> np.ndarray:

@@ -33,18 +33,19 @@ def bound(job: Job) -> Measured:
     @jax.jit
     def terms(params: Any, images: jax.Array, indices: jax.Array) -> Any:
         keys = sample_keys(jax.random.key(config.seed), indices)
-        denoiser = job.run.built.denoiser(params)
+        x_0 = to_float(images)
+        denoiser = job.run.built.denoiser(params, x_0)
         if every:
-            return bits_per_dim(schedule, denoiser, to_float(images), keys, **options)
+            return bits_per_dim(schedule, denoiser, x_0, keys, **options)
         return sampled_bits_per_dim(
-            schedule, denoiser, to_float(images), keys, num_times=e.bound_times, **options
+            schedule, denoiser, x_0, keys, num_times=e.bound_times, **options
         )
 
     figures, rows, fragments = {}, [], []
     how = "all T terms" if every else f"{e.bound_times} of T terms for each image"
     clip = "x_0 clipped" if config.sampling.clip else "not clipped"
     about = f"{how}; {variance_name(config)}, {clip}, decoder at least {LEAST_PROBABILITY:g}"
-    about += _unlabelled(config)
+    about += _given(config)
     for name, source in job.splits.items():
         parts = batches(job, source, e.bound_images, f"bound, {name}")
         found = bounds.summarise(
@@ -120,9 +121,9 @@ def flow_likelihood(job: Job) -> Measured:
 
         def bits(params: Any, x: Any, i: Any, function: Any = function) -> flow.FlowBits:
             keys = sample_keys(jax.random.key(built.config.seed), i)
-            return function(
-                built.schedule, built.unclipped_denoiser(params), to_float(x), keys, **options
-            )
+            x_0 = to_float(x)
+            denoiser = built.unclipped_denoiser(params, x_0=x_0)
+            return function(built.schedule, denoiser, x_0, keys, **options)
 
         compiled, values, calls = jax.jit(bits), [], []
         for x, i, mask in batches(job, source, e.flow_images, f"flow, {way}"):
@@ -146,7 +147,7 @@ def flow_likelihood(job: Job) -> Measured:
             "trace": trace,
         }
         how = f"{trace}, tolerance {e.flow_tolerance:g}, {np.mean(calls):.0f} evaluations"
-        how += _unlabelled(built.config)
+        how += _given(built.config)
         rows.append((f"flow, {way}", f"{split}, {len(of_images):,} images", _pm(mean), how))
     words = (
         "Bits/dim by the probability-flow ODE between t = 1 and T. With uniform dequantisation the "
@@ -156,8 +157,14 @@ def flow_likelihood(job: Job) -> Measured:
     return Measured("Likelihood by the probability-flow ODE", figures, rows, [report.text(words)])
 
 
-def _unlabelled(config: ConfigDict) -> str:
-    return "; without label" if config.model.num_classes else ""
+def _given(config: ConfigDict) -> str:
+    """What the model is told of an image, or not."""
+    parts = [
+        (config.model.num_classes, "without label"),
+        (config.model.low_resolution, "given its low resolution"),
+        (config.training.self_conditioning, "its own guess by a second call"),
+    ]
+    return "".join(f"; {words}" for holds, words in parts if holds)
 
 
 def _pm(estimate: distances.Estimate) -> str:

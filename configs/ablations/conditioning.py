@@ -1,0 +1,25 @@
+"""What the network is told beside x_t and t, on the digits.
+
+    python main.py --config=configs/ablations/conditioning.py:self_conditioning
+
+`augmentation` also flips, turns and moves the digits, which the network is told of.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import digits
+from ddpm.config import variant
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "labels": {"model.num_classes": 10},
+    "self_conditioning": {"training.self_conditioning": True},
+    "augmentation": {"training.augmentation": 0.12},
+}
+
+
+def get_config(name: str = "") -> ConfigDict:
+    """The config of that name."""
+    return variant(digits.get_config(), VARIANTS, name)

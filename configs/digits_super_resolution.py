@@ -1,0 +1,20 @@
+"""The digits from 4x4 to 8x8: super-resolution, by a model that is given the small image.
+
+python main.py --config=configs/digits_super_resolution.py
+
+The small images of its samples are those of held-out digits, or of a file:
+--mode=sample --config.sampling.low_resolution_images=small.npz
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits
+
+
+def get_config() -> ConfigDict:
+    """The config."""
+    config = digits.get_config()
+    config.model.low_resolution = 4
+    # A base model's samples are not quite as data are: noise hides by how much.
+    config.training.low_resolution_noise = 0.3
+    return config
