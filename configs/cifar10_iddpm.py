@@ -2,7 +2,7 @@
 
     python main.py --config=configs/cifar10_iddpm.py
 
-Their network besides scales and shifts its norms by the time embedding, which this one does not.
+Their network, of 52,546,438 parameters; they divide t by four for it, this one does not.
 Their figures, 500k steps: FID 3.19, 3.17 bits/dim. Not yet run here.
 """
 
@@ -15,7 +15,15 @@ def get_config() -> ConfigDict:
     """The config."""
     config = default()
     config.model.update(
-        num_res_blocks=3, attention_resolutions=(16, 8), head_channels=64, dropout=0.3
+        num_res_blocks=3,
+        attention_resolutions=(16, 8),
+        head_channels=64,
+        dropout=0.3,
+        scale_shift=True,
+        norm_epsilon=1e-5,
+        symmetric_downsampling=True,
+        cosines_first=True,
+        frequency_shift=0,
     )
     config.diffusion.update(schedule="cosine", num_steps=4000, variance="learned_range")
     config.training.update(

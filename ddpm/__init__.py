@@ -28,6 +28,7 @@ from ddpm.diffusion.gaussian import (
 from ddpm.diffusion.keys import sample_keys
 from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser, thresholded
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.models.dit import DiT
 from ddpm.models.unet import UNet
 from ddpm.sampling import editing, grids, guidance, langevin
 from ddpm.sampling.adaptive import probability_flow
@@ -40,6 +41,7 @@ from ddpm.sampling.solvers import dpm_solver, euler, heun, unipc
 __all__ = [
     "Chain",
     "Denoiser",
+    "DiT",
     "Gaussian",
     "NoiseSchedule",
     "Prediction",

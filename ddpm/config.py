@@ -31,6 +31,7 @@ def default() -> ConfigDict:
     config.data.broken_images = "error"  # or 'skip', for 'folder'
 
     config.model = ConfigDict()
+    config.model.name = "unet"  # or "dit", a transformer
     config.model.channels = 128
     config.model.channel_multipliers = (1, 2, 2, 2)
     config.model.num_res_blocks = 2
@@ -47,6 +48,15 @@ def default() -> ConfigDict:
     config.model.num_classes = 0  # of the data's labels, to learn each; 0: without labels
     # Super-resolution: the shorter side of the small image that x_0 is drawn to; 0: from nothing.
     config.model.low_resolution = 0
+    config.model.scale_shift = False  # the time scales and shifts norms: IDDPM's, ADM's
+    config.model.up_down = "conv"  # or "resblock": within residual blocks, as BigGAN
+    config.model.skip_scale = 1.0  # of residual sums; 0.7071: NCSN++'s, DDPM++'s
+    config.model.time_features = "sinusoids"  # or "fourier": random ones, as NCSN++
+    config.model.input_features = ()  # n of sin and cos(2^n pi x) beside x; VDM's: (7, 8)
+    # Of "dit", to which of the above channels, dropout, dtype, norm_epsilon, head_channels,
+    # num_classes and what is of time and input apply.
+    config.model.patch_size = 2
+    config.model.depth = 28
 
     config.diffusion = ConfigDict()
     config.diffusion.schedule = "linear"

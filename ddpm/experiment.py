@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ddpm import conditioning, reverse_process
+from ddpm import conditioning, networks, reverse_process
 from ddpm.config import default, flatten, to_json
 from ddpm.data import sources
 from ddpm.data.folders import folder
@@ -22,10 +23,9 @@ from ddpm.diffusion.conditioning import Guessing, Prepare, averaged
 from ddpm.diffusion.predictions import Denoiser, clipped, thresholded
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.variances import ReverseVariance
-from ddpm.errors import InputError, first_line
+from ddpm.errors import InputError
 from ddpm.evaluation.classifier import log_probability
-from ddpm.models.unet import UNet
-from ddpm.objectives import FIXED, channels_out, ema_rate, objective, other_ema_rates
+from ddpm.objectives import FIXED, ema_rate, objective, other_ema_rates
 from ddpm.sampling.generate import Generator
 from ddpm.sampling.guidance import classifier_free, classifier_guided, of_x_0
 from ddpm.sampling.samplers import Sampler
@@ -60,7 +60,7 @@ class Experiment(NamedTuple):
 
     config: ConfigDict
     schedule: NoiseSchedule
-    model: UNet
+    model: nn.Module
     optimizer: optax.GradientTransformation
     image_shape: tuple[int, int, int]
     objective: Objective
@@ -203,25 +203,7 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
     check_steering(config)
     if config.model.low_resolution:
         conditioning.small_size(config, image_shape)
-    t, m = config.training, config.model
-    model = UNet(
-        channels=m.channels,
-        channel_multipliers=tuple(m.channel_multipliers),
-        num_res_blocks=m.num_res_blocks,
-        attention_resolutions=tuple(m.attention_resolutions),
-        dropout=m.dropout,
-        num_groups=m.num_groups,
-        out_channels=channels_out(config, image_shape[-1]),
-        dtype=jnp.dtype(m.dtype),
-        norm_epsilon=m.norm_epsilon,
-        head_channels=m.head_channels,
-        symmetric_downsampling=m.symmetric_downsampling,
-        cosines_first=m.cosines_first,
-        frequency_shift=m.frequency_shift,
-        num_classes=m.num_classes,
-        **conditioning.network_inputs(config, image_shape[-1]),
-    )
-    check_model(model, image_shape)
+    t, model = config.training, networks.network(config, image_shape)
     if config.sampling.classifier_scale:
         classifier(config, image_shape)
     optimizer = adam(t.learning_rate, warmup_steps=t.warmup_steps, grad_clip=t.grad_clip)
@@ -284,16 +266,6 @@ def check_labels(config: ConfigDict, source: Source) -> None:
             f"config.model.num_classes = {wanted}: the data set {config.data.name!r} has {has}; "
             f"set it to {there or 0}" + (", or to 0 to learn without labels" if there else "")
         )
-
-
-def check_model(model: UNet, image_shape: tuple[int, int, int]) -> Any:
-    """The shapes of the parameters, without computing them; InputError if it cannot be built."""
-    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    try:
-        return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
-    except ValueError as error:
-        raise InputError(f"config.model: {first_line(error)}") from error
 
 
 def source(config: ConfigDict) -> Source:

@@ -7,6 +7,9 @@ from ddpm.config import PARTS, default, flatten, nearest
 from ddpm.errors import InputError
 
 CHOICES = {
+    "model.name": ("unet", "dit"),
+    "model.up_down": ("conv", "resblock"),
+    "model.time_features": ("sinusoids", "fourier"),
     "model.dtype": ("float32", "bfloat16"),
     "model.noise_input": ("t", "log_snr"),
     "diffusion.schedule": (
@@ -197,6 +200,11 @@ def _sizes(v: Any) -> bool:
     return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in v)
 
 
+def _exponents(v: Any) -> bool:
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 16 for n in v)
+    return whole and len(set(v)) == len(v)
+
+
 def _range(v: Any) -> bool:
     numbers = all(isinstance(n, int | float) and not isinstance(n, bool) for n in v)
     return not v or (len(v) == 2 and numbers and 0 <= v[0] < v[1])
@@ -248,6 +256,10 @@ _RULES: dict[str, tuple[Any, str]] = {
     "model.frequency_shift": (lambda v: v in (0, 1), "0 or 1"),
     "model.num_classes": _whole(0),
     "model.low_resolution": _whole(0),
+    "model.skip_scale": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "model.input_features": (_exponents, "a tuple of different whole numbers in 0..15"),
+    "model.patch_size": _whole(1),
+    "model.depth": _whole(1),
     "diffusion.num_steps": _whole(1),
     "diffusion.beta_start": (lambda v: 0 < v < 1, "in (0, 1)"),
     "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),

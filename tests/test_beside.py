@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm import conditioning, experiment
+from ddpm import conditioning, experiment, networks
 from ddpm.config import default, to_json
 from ddpm.diffusion.conditioning import SelfConditioned, averaged, enlarged
 from ddpm.errors import InputError
@@ -74,7 +74,7 @@ def test_samples_and_bounds_are_told_alike():
     """The denoiser of the bound, of x_0's own small image, is that of a sample made from it."""
     built = experiment.build(of(**ALL, sampling__low_resolution_noise=0.2), SHAPE)
     rng = np.random.default_rng(1)
-    shapes = experiment.check_model(built.model, SHAPE)
+    shapes = networks.check_model(built.model, SHAPE)
     params = jax.tree.map(lambda p: np.float32(0.2 * rng.normal(size=p.shape)), shapes)
     x_0, x_t = (np.float32(rng.uniform(-1, 1, (3, *SHAPE))) for _ in range(2))
     t, small = np.array([3, 10, 20]), averaged(x_0, (4, 4))

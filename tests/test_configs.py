@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm import experiment, objectives
+from ddpm import experiment, networks, objectives
 from ddpm.config import flatten
 from ddpm.errors import InputError
 from ddpm.training.checkpoints import parameter_count
@@ -44,7 +44,7 @@ def test_config_is_valid_and_its_network_can_be_built(file):
     config = load(file)
     validate(config)
     built = experiment.build(config, shape_of(config))
-    shapes = experiment.check_model(built.model, built.image_shape)
+    shapes = networks.check_model(built.model, built.image_shape)
     assert parameter_count(shapes) == PARAMETERS.get(file.stem, parameter_count(shapes))
     assert f"--config=configs/{file.name}" in file.read_text(), "its docstring gives the command"
 

@@ -20,11 +20,12 @@ from ddpm import (
 from ddpm.config import default
 from ddpm.data.sources import ArraySource
 from ddpm.errors import InputError
-from ddpm.experiment import build, check_model, noise_schedule, with_settings
+from ddpm.experiment import build, noise_schedule, with_settings
 from ddpm.interop import settings
 from ddpm.interop.weights import export
 from ddpm.modes.loading import Run
 from ddpm.modes.measures.job import prepare
+from ddpm.networks import check_model
 from ddpm.validation import CHOICES
 
 T = 20

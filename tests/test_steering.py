@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm import classifier_free, clipped, experiment, thresholded
+from ddpm import classifier_free, clipped, experiment, networks, thresholded
 from ddpm.config import default
 from ddpm.evaluation.classifier import log_probability
 from tests.exact import close
@@ -31,7 +31,7 @@ def batch():
 
 def params_of(model):
     rng = np.random.default_rng(1)
-    shapes = experiment.check_model(model, SHAPE)
+    shapes = networks.check_model(model, SHAPE)
     return jax.tree.map(lambda p: np.float32(0.2 * rng.normal(size=p.shape)), shapes)
 
 

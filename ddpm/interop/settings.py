@@ -30,6 +30,7 @@ _UNET_DEFAULTS: dict[str, Any] = {
     "freq_shift": 0,
     "dropout": 0.0,
     "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
 }
 # The values that the UNet has without a setting for them.
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
@@ -40,9 +41,18 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "downsample_type": ("conv",),
     "upsample_type": ("conv",),
     "act_fn": ("silu", "swish"),
-    "resnet_time_scale_shift": ("default",),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
     "add_attention": (True,),
     "class_embed_type": (None,),
+}
+# Of config.model: what diffusers has no word for, and how every network of its is.
+_PLAIN: dict[str, Any] = {
+    "name": "unet",
+    "up_down": "conv",
+    "skip_scale": 1.0,
+    "time_features": "sinusoids",
+    "input_features": (),
+    "noise_input": "t",
 }
 # Of no consequence: of the schedule, and of a training script's moving average.
 _UNET_OTHER = ("num_train_timesteps", "decay", "min_decay", "optimization_step",
@@ -138,6 +148,8 @@ def model_settings(unet: Mapping[str, Any], path: object) -> ModelSettings:
         "cosines_first": c["flip_sin_to_cos"],
         "frequency_shift": int(c["freq_shift"]),
         "num_classes": 0 if labels is None else labels - 1,
+        "scale_shift": c["resnet_time_scale_shift"] == "scale_shift",
+        **_PLAIN,
     }
     return ModelSettings(model, (*sizes, c["in_channels"]))
 
@@ -211,6 +223,7 @@ def to_unet_config(config: ConfigDict, image_shape: tuple[int, int, int]) -> dic
         "dropout": m.dropout,
         "num_class_embeds": m.num_classes + 1 if m.num_classes else None,
         **{key: allowed[0] for key, allowed in _UNET_FIXED.items()},
+        "resnet_time_scale_shift": "scale_shift" if m.scale_shift else "default",
     }
 
 
@@ -240,8 +253,21 @@ def to_scheduler_config(config: ConfigDict, schedule: NoiseSchedule) -> dict[str
     }
 
 
+def check_network(config: ConfigDict) -> None:
+    """InputError for a network that the layouts of others have no place for."""
+    for key, plain in _PLAIN.items():
+        given = config.model[key]
+        if (tuple(given) if isinstance(given, list) else given) != plain:
+            raise InputError(
+                f"config.model.{key} = {given!r}: such a network can be neither exported nor "
+                f"imported: only one with {plain!r}"
+            )
+
+
 def check_written(config: ConfigDict) -> None:
-    """InputError for what diffusers' schedulers are not told of here: all but eps alone."""
+    """InputError for what diffusers' networks and schedulers are not told of here: for one, all
+    but eps alone."""
+    check_network(config)
     for section, key in (
         ("training", "self_conditioning"),
         ("training", "augmentation"),

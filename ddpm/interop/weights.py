@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from ddpm import experiment
+from ddpm import experiment, networks
 from ddpm.config import default
 from ddpm.errors import InputError, first_line
 from ddpm.experiment import Experiment
@@ -67,6 +67,7 @@ def load(where: str | Path, config: ConfigDict | None = None) -> Imported:
     config = default() if config is None else config
     found = _find(where, config)
     if found.unet is None:
+        settings.check_network(config)
         image_shape = _image_shape(found, config)
     else:
         model = _settled(found.unet, settings.model_settings)
@@ -76,7 +77,7 @@ def load(where: str | Path, config: ConfigDict | None = None) -> Imported:
         built = experiment.build(config, image_shape)
     except InputError as error:
         raise InputError(f"{found.path}, by its settings: {error}") from error
-    shapes = experiment.check_model(built.model, image_shape)
+    shapes = networks.check_model(built.model, image_shape)
     params = to_params(found.tensors, shapes, found.path)
     name = str(where).removesuffix("/")
     if match := _NOT_AVERAGED.search(name):

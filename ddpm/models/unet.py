@@ -4,173 +4,93 @@ With the settings of the paper it has 35,746,307 parameters for CIFAR-10 and 113
 Its last settings but one are those in which networks trained by others differ (`ddpm.interop`).
 """
 
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ddpm.models import winograd
-
-# Of the authors' "zero" layers: small enough to start as the identity, and not a dead zero.
-ZERO_SCALE = 1e-10
-
-
-def initializer(scale: float = 1.0) -> nn.initializers.Initializer:
-    """Uniform, variance scaled by the mean of fan-in and fan-out."""
-    return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
-
-
-def conv3x3(
-    channels: int,
-    name: str,
-    *,
-    dtype: DTypeLike,
-    stride: int = 1,
-    scale: float = 1.0,
-    padding: str | int = "SAME",
-) -> nn.Conv:
-    """A 3x3 convolution. With stride 2, 'SAME' pads an even size at the bottom and right only."""
-    return nn.Conv(
-        channels,
-        (3, 3),
-        (stride, stride),
-        padding,
-        kernel_init=initializer(scale),
-        conv_general_dilated=convolution,
-        dtype=dtype,
-        name=name,
-    )
+from ddpm.models.layers import (
+    ZERO_SCALE,
+    GroupNorm,
+    attention,
+    beside,
+    conv3x3,
+    dense,
+    embed,
+    fourier_embedding,
+    time_embedding,
+)
 
 
-def convolution(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **how: Any) -> Any:
-    """lax.conv_general_dilated, by another way where that is faster: wide layers on a CPU."""
-    wide = min(kernel.shape[2:]) >= 128
-    if wide and strides == (1, 1) and x.dtype == jnp.float32 and jax.default_backend() == "cpu":
-        return winograd.conv3x3(x, kernel)
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **how)
+def halved(x: jax.Array) -> jax.Array:
+    """The mean of each 2x2 pixels: [B, H, W, C] -> [B, H/2, W/2, C]."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
 
 
-def dense(features: int, name: str, *, dtype: DTypeLike, scale: float = 1.0) -> nn.Dense:
-    """A linear layer over the last axis; on [B, H, W, C] it is a 1x1 convolution."""
-    return nn.Dense(features, kernel_init=initializer(scale), dtype=dtype, name=name)
-
-
-class GroupNorm(nn.Module):
-    """Over the positions and channels of each of `num_groups` groups; learned scale and bias.
-
-    Written as one scale and one shift per example and channel, so that x is read once for the
-    statistics and once to be normalised: half the time of flax's own on a CPU.
-    """
-
-    num_groups: int
-    epsilon: float = 1e-6  # of the authors' framework
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> the same shape and dtype; the statistics are float32."""
-        batch, height, width, channels = x.shape
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        size = channels // self.num_groups
-
-        def group_mean(per_channel: jax.Array) -> jax.Array:
-            sums = per_channel.reshape(batch, self.num_groups, size).sum(axis=-1)
-            return jnp.repeat(sums / (height * width * size), size, axis=-1)
-
-        x_32 = x.astype(jnp.float32)
-        mean = group_mean(x_32.sum(axis=(1, 2)))
-        square = group_mean(jnp.square(x_32).sum(axis=(1, 2)))
-        variance = jnp.maximum(square - jnp.square(mean), 0.0)
-        scale = scale * jax.lax.rsqrt(variance + self.epsilon)
-        shift = bias - mean * scale
-        return (x_32 * scale[:, None, None, :] + shift[:, None, None, :]).astype(x.dtype)
-
-
-def time_embedding(
-    t: jax.Array, dimension: int, *, cosines_first: bool = False, frequency_shift: int = 1
-) -> jax.Array:
-    """Sinusoids of the authors' index t - 1 = 0..T-1: [B] -> [B, dimension], sines first.
-
-    Frequencies fall from 1 to 1e-4, or with a shift of 0 to just above. An odd dimension ends in a
-    zero.
-    """
-    half = dimension // 2
-    frequencies = jnp.exp(-jnp.log(1e4) / (half - frequency_shift) * jnp.arange(half))
-    angles = (t - 1)[:, None] * frequencies
-    parts = [jnp.sin(angles), jnp.cos(angles)]
-    sinusoids = jnp.concatenate(parts[::-1] if cosines_first else parts, axis=-1)
-    return jnp.pad(sinusoids, ((0, 0), (0, dimension % 2)))
-
-
-class LabelEmbedding(nn.Module):
-    """A learned vector for each of `num_labels`: int[B] -> [B, features]; NaN for other labels."""
-
-    num_labels: int
-    features: int
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, label: jax.Array) -> jax.Array:
-        shape = (self.num_labels, self.features)
-        # Of size 1, as PyTorch begins embeddings: at 0.02 the labels were learned far later.
-        table = jnp.asarray(self.param("embedding", nn.initializers.normal(1.0), shape))
-        # JAX's defaults, to clamp and to wrap, would take a wrong label for another class.
-        found = table.at[label].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        return found.astype(self.dtype)
+def doubled(x: jax.Array) -> jax.Array:
+    """Each pixel four times: [B, H, W, C] -> [B, 2 H, 2 W, C]."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 class ResBlock(nn.Module):
-    """Norm, swish, conv, + time; norm, swish, dropout, conv; plus the input, by 1x1 if it must."""
+    """Norm, swish, conv, + time; norm, swish, dropout, conv; plus the input, by 1x1 if it must.
+
+    Attributes:
+      scale_shift: whether the time scales and shifts the second norm's output, h (1 + scale) +
+        shift (Nichol & Dhariwal 2021), in the place of a sum before it.
+      skip_scale: of the residual sum.
+      resample: `halved` or `doubled`, of the input and before the first convolution (BigGAN's).
+    """
 
     channels: int
     dropout: float
     num_groups: int
     dtype: DTypeLike = jnp.float32
     epsilon: float = 1e-6
+    scale_shift: bool = False
+    skip_scale: float = 1.0
+    resample: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
         h = nn.swish(GroupNorm(self.num_groups, self.epsilon, name="norm_1")(x))
+        if self.resample:
+            x, h = self.resample(x), self.resample(h)
         h = conv3x3(self.channels, "conv_1", dtype=self.dtype)(h)
-        time = dense(self.channels, "time", dtype=self.dtype)(nn.swish(embedding))
-        h += time[:, None, None, :]
-        h = nn.swish(GroupNorm(self.num_groups, self.epsilon, name="norm_2")(h))
+        told = self.channels * (2 if self.scale_shift else 1)
+        time = dense(told, "time", dtype=self.dtype)(nn.swish(embedding))[:, None, None, :]
+        norm_2 = GroupNorm(self.num_groups, self.epsilon, name="norm_2")
+        if self.scale_shift:
+            scale, shift = jnp.split(time, 2, axis=-1)
+            h = nn.swish(norm_2(h) * (1 + scale) + shift)
+        else:
+            h = nn.swish(norm_2(h + time))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv3x3(self.channels, "conv_2", dtype=self.dtype, scale=ZERO_SCALE)(h)
         if x.shape[-1] != self.channels:
             x = dense(self.channels, "shortcut", dtype=self.dtype)(x)
-        return x + h
+        return scaled(x + h, self.skip_scale)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, num_heads: int = 1) -> jax.Array:
-    """softmax(q k^T / sqrt(C)) v in each head of C channels, the softmax in float32.
-
-    [B, N, heads * C] each -> the same.
-    """
-    shape = q.shape
-    q, k, v = (x.reshape(*shape[:2], num_heads, -1) for x in (q, k, v))
-    if jax.default_backend() != "cpu":
-        return jax.nn.dot_product_attention(q, k, v).reshape(shape)
-    # The same in less time on a CPU: plain products, and the division left to the few outputs.
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits = einsum("bqhc,bkhc->bhqk", q * q.shape[-1] ** -0.5, k)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    out = einsum("bhqk,bkhc->bhqc", weights.astype(v.dtype), v)
-    out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
-    return out.transpose(0, 2, 1, 3).reshape(shape)
+def scaled(x: jax.Array, by: float) -> jax.Array:
+    """x times `by`, and nothing done for 1."""
+    return x if by == 1 else x * by
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all positions, and the residual; one head, or of `head_channels` each."""
+    """Self-attention over all positions, and the residual; one head, or of `head_channels` each.
+
+    `skip_scale` is of the residual sum.
+    """
 
     num_groups: int
     dtype: DTypeLike = jnp.float32
     epsilon: float = 1e-6
     head_channels: int = 0
+    skip_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -179,7 +99,8 @@ class AttentionBlock(nn.Module):
         h = h.reshape(batch, height * width, channels)
         q, k, v = (dense(channels, n, dtype=self.dtype)(h) for n in ("query", "key", "value"))
         h = attention(q, k, v, channels // (self.head_channels or channels)).reshape(x.shape)
-        return x + dense(channels, "out", dtype=self.dtype, scale=ZERO_SCALE)(h)
+        h = dense(channels, "out", dtype=self.dtype, scale=ZERO_SCALE)(h)
+        return scaled(x + h, self.skip_scale)
 
 
 class UNet(nn.Module):
@@ -205,6 +126,14 @@ class UNet(nn.Module):
         more for no label; 0: the network takes none.
       condition_channels: of an image that is seen beside x; 0: none.
       num_features: of a vector that is added to the time embedding by a linear layer; 0: none.
+      scale_shift, skip_scale: of every ResBlock, which see; skip_scale of attention too. NCSN++ and
+        DDPM++ (Song et al. 2021; Karras et al. 2022) have sqrt(1/2).
+      resample_in_blocks: whether a ResBlock halves and doubles the resolution, by mean and by
+        repetition on both of its branches (BigGAN; Song et al. 2021; Dhariwal & Nichol 2021), and
+        not a convolution alone.
+      fourier_range: what t is divided by for random Fourier features in the place of sinusoids;
+        0: sinusoids.
+      input_exponents: n of the waves sin(2^n pi x) and cos(2^n pi x) that are seen beside x.
     """
 
     channels: int = 128
@@ -223,6 +152,11 @@ class UNet(nn.Module):
     num_classes: int = 0
     condition_channels: int = 0
     num_features: int = 0
+    scale_shift: bool = False
+    skip_scale: float = 1.0
+    resample_in_blocks: bool = False
+    fourier_range: float = 0.0
+    input_exponents: Sequence[int] = ()
 
     @nn.compact
     def __call__(
@@ -250,37 +184,53 @@ class UNet(nn.Module):
         levels = range(len(self.channel_multipliers))
         resolutions = self._resolutions(*x.shape[1:3])
 
-        embedding = time_embedding(
-            t,
-            self.channels,
-            cosines_first=self.cosines_first,
-            frequency_shift=self.frequency_shift,
+        if self.fourier_range:
+            time = fourier_embedding(t / self.fourier_range, self.channels)
+        else:
+            time = time_embedding(
+                t,
+                self.channels,
+                cosines_first=self.cosines_first,
+                frequency_shift=self.frequency_shift,
+            )
+        embedding = embed(
+            time,
+            label,
+            features,
+            size=4 * self.channels,
+            num_classes=self.num_classes,
+            num_features=self.num_features,
+            dtype=self.dtype,
         )
-        embedding = dense(4 * self.channels, "time_1", dtype=self.dtype)(embedding)
-        embedding = dense(4 * self.channels, "time_2", dtype=self.dtype)(nn.swish(embedding))
-        if self.num_classes:
-            known = jnp.broadcast_to(self.num_classes if label is None else label, x.shape[:1])
-            embedding += LabelEmbedding(
-                self.num_classes + 1, 4 * self.channels, self.dtype, name="label"
-            )(known)
-        elif label is not None:
-            raise ValueError("a network without classes (num_classes = 0) takes no label")
-        if self.num_features:
-            given = jnp.zeros((1, self.num_features)) if features is None else features
-            # Without bias: features of zero are no features.
-            embedding += nn.Dense(
-                4 * self.channels, use_bias=False, dtype=self.dtype, name="features"
-            )(given)
-        elif features is not None:
-            raise ValueError("a network without features (num_features = 0) takes none")
 
-        def res_block(h: jax.Array, channels: int, name: str) -> jax.Array:
-            options = (self.dropout, self.num_groups, self.dtype, self.norm_epsilon)
-            return ResBlock(channels, *options, name=name)(h, embedding, train)
+        def res_block(
+            h: jax.Array,
+            channels: int,
+            name: str,
+            resample: Callable[[jax.Array], jax.Array] | None = None,
+        ) -> jax.Array:
+            block = ResBlock(
+                channels,
+                self.dropout,
+                self.num_groups,
+                self.dtype,
+                self.norm_epsilon,
+                self.scale_shift,
+                self.skip_scale,
+                resample,
+                name=name,
+            )
+            return block(h, embedding, train)
 
         def attention_block(h: jax.Array, name: str) -> jax.Array:
-            options = (self.num_groups, self.dtype, self.norm_epsilon, self.head_channels)
-            return AttentionBlock(*options, name=name)(h)
+            return AttentionBlock(
+                self.num_groups,
+                self.dtype,
+                self.norm_epsilon,
+                self.head_channels,
+                self.skip_scale,
+                name=name,
+            )(h)
 
         def block(h: jax.Array, level: int, name: str) -> jax.Array:
             h = res_block(h, self.channels * self.channel_multipliers[level], name)
@@ -288,15 +238,31 @@ class UNet(nn.Module):
                 h = attention_block(h, f"{name}_attention")
             return h
 
-        h = conv3x3(self.channels, "conv_in", dtype=self.dtype)(self._beside(x, condition))
+        def down(h: jax.Array, name: str) -> jax.Array:
+            if self.resample_in_blocks:
+                return res_block(h, h.shape[-1], name, halved)
+            padding = 1 if self.symmetric_downsampling else "SAME"
+            return conv3x3(h.shape[-1], name, dtype=self.dtype, stride=2, padding=padding)(h)
+
+        def up(h: jax.Array, name: str) -> jax.Array:
+            if self.resample_in_blocks:
+                return res_block(h, h.shape[-1], name, doubled)
+            return conv3x3(h.shape[-1], name, dtype=self.dtype)(doubled(h))
+
+        seen = beside(
+            x,
+            condition,
+            condition_channels=self.condition_channels,
+            exponents=self.input_exponents,
+        )
+        h = conv3x3(self.channels, "conv_in", dtype=self.dtype)(seen)
         skips = [h]
         for level in levels:
             for i in range(self.num_res_blocks):
                 h = block(h, level, f"down_{level}_{i}")
                 skips.append(h)
             if level != levels[-1]:
-                name, padding = f"downsample_{level}", 1 if self.symmetric_downsampling else "SAME"
-                h = conv3x3(h.shape[-1], name, dtype=self.dtype, stride=2, padding=padding)(h)
+                h = down(h, f"downsample_{level}")
                 skips.append(h)
 
         middle = h.shape[-1]
@@ -308,22 +274,12 @@ class UNet(nn.Module):
             for i in range(self.num_res_blocks + 1):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), level, f"up_{level}_{i}")
             if level != levels[0]:
-                h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
-                h = conv3x3(h.shape[-1], f"upsample_{level}", dtype=self.dtype)(h)
+                h = up(h, f"upsample_{level}")
 
         h = nn.swish(GroupNorm(self.num_groups, self.norm_epsilon, name="norm_out")(h))
         channels = self.out_channels or x.shape[-1]
         h = conv3x3(channels, "conv_out", dtype=self.dtype, scale=ZERO_SCALE)(h)
         return h.astype(jnp.float32)
-
-    def _beside(self, x: jax.Array, condition: jax.Array | None) -> jax.Array:
-        """x and the condition, of its size, in one array."""
-        shape = (*x.shape[:3], self.condition_channels)
-        if condition is None:
-            condition = jnp.zeros(shape, x.dtype)
-        elif condition.shape != shape:
-            raise ValueError(f"a condition of shape {condition.shape}: must be {shape}")
-        return jnp.concatenate([x, condition], axis=-1) if self.condition_channels else x
 
     def _resolutions(self, height: int, width: int) -> list[int]:
         """The shorter side at each level, after checking that the network can be built."""

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpm import experiment, reverse_process
+from ddpm import experiment, networks, reverse_process
 from ddpm.data.pipeline import to_float
 from ddpm.diffusion.analytic import second_moments
 from ddpm.errors import InputError, first_line
@@ -104,7 +104,7 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
     image_shape = tuple(saved["image_shape"])
     built = experiment.build(config, image_shape)
     chosen = "ema_params" if config.sampling.ema else "params"
-    shapes = experiment.check_model(built.model, image_shape)
+    shapes = networks.check_model(built.model, image_shape)
     shapes |= jax.eval_shape(built.objective.schedule_parameters)
     abstract = {chosen: sharding.abstract_like(shapes, sharding.replicated(mesh))}
     checkpoints = Checkpoints(folder, read_only=True)

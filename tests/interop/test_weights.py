@@ -286,7 +286,7 @@ REFUSED = [
     ("unet/config.json", {"center_input_sample": True}, "center_input_sample"),
     ("unet/config.json", {"time_embedding_type": "fourier"}, "time_embedding_type"),
     ("unet/config.json", {"time_embedding_dim": 99}, "time_embedding_dim = 99"),
-    ("unet/config.json", {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+    ("unet/config.json", {"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift"),
     ("unet/config.json", {"mid_block_type": None}, "mid_block_type = None"),
     ("unet/config.json", {"mid_block_scale_factor": 2}, "mid_block_scale_factor"),
     ("unet/config.json", {"add_attention": False}, "add_attention"),

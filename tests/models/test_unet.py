@@ -2,117 +2,14 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy
 
 from ddpm import UNet
-from ddpm.models import unet
-from ddpm.models.unet import GroupNorm, conv3x3, time_embedding
 from tests.exact import close
-
-# --- The oracle, in float64
-
-
-def swish(x):
-    return x / (1 + np.exp(-x))
-
-
-def conv(p, x, stride=1):
-    """3x3 cross-correlation; pads one pixel all round, or below and right for stride 2."""
-    before = 1 if stride == 1 else 0
-    x = np.pad(x, ((0, 0), (before, 1), (before, 1), (0, 0)))
-    rows, columns = ((n - 3) // stride + 1 for n in x.shape[1:3])
-    out = np.zeros((len(x), rows, columns, p["kernel"].shape[-1])) + p["bias"]
-    for i in range(rows):
-        for j in range(columns):
-            patch = x[:, i * stride : i * stride + 3, j * stride : j * stride + 3]
-            out[:, i, j] += np.tensordot(patch, p["kernel"], 3)
-    return out
-
-
-def linear(p, x):
-    return x @ p["kernel"] + p["bias"]
-
-
-def norm(p, x, groups):
-    out = np.empty_like(x)
-    size = x.shape[-1] // groups
-    for g in range(groups):
-        part = x[..., g * size : (g + 1) * size]
-        mean, variance = (f(part, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.var))
-        out[..., g * size : (g + 1) * size] = (part - mean) / np.sqrt(variance + 1e-6)
-    return out * p["scale"] + p["bias"]
-
-
-def res_block(p, x, embedding, groups, dropped):
-    h = conv(p["conv_1"], swish(norm(p["norm_1"], x, groups)))
-    h = h + linear(p["time"], swish(embedding))[:, None, None]
-    h = swish(norm(p["norm_2"], h, groups))
-    h = conv(p["conv_2"], 0 * h if dropped else h)
-    return h + (linear(p["shortcut"], x) if "shortcut" in p else x)
-
-
-def attention(p, x, groups):
-    out = np.empty_like(x)
-    for b, h in enumerate(norm(p["norm"], x, groups)):
-        h = h.reshape(-1, h.shape[-1])
-        q, k, v = (linear(p[name], h) for name in ("query", "key", "value"))
-        weights = np.exp(q @ k.T / np.sqrt(h.shape[-1]))
-        weights /= weights.sum(1, keepdims=True)
-        out[b] = linear(p["out"], weights @ v).reshape(x.shape[1:])
-    return x + out
-
-
-def sinusoids(t, dimension):
-    """Of the authors' t, which begins at 0."""
-    half = dimension // 2
-    frequencies = 10_000.0 ** (-np.arange(half) / (half - 1))
-    angles = (np.float64(t) - 1)[:, None] * frequencies
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-
-def forward(model, p, x, t, dropped=False, label=None):
-    levels, groups = len(model.channel_multipliers), model.num_groups
-    embedding = linear(p["time_1"], sinusoids(t, model.channels))
-    embedding = linear(p["time_2"], swish(embedding))
-    if label is not None:
-        embedding = embedding + p["label"]["embedding"][label]
-
-    def block(name, h):
-        h = res_block(p[name], h, embedding, groups, dropped)
-        here = f"{name}_attention" in p
-        assert here == (min(h.shape[1:3]) in model.attention_resolutions)
-        return attention(p[f"{name}_attention"], h, groups) if here else h
-
-    h = conv(p["conv_in"], x)
-    stack = [h]
-    for level in range(levels):
-        for i in range(model.num_res_blocks):
-            h = block(f"down_{level}_{i}", h)
-            stack.append(h)
-        if level < levels - 1:
-            h = conv(p[f"downsample_{level}"], h, stride=2)
-            stack.append(h)
-    h = res_block(p["middle_0"], h, embedding, groups, dropped)
-    h = attention(p["middle_attention"], h, groups)
-    h = res_block(p["middle_1"], h, embedding, groups, dropped)
-    for level in range(levels - 1, -1, -1):
-        for i in range(model.num_res_blocks + 1):
-            h = block(f"up_{level}_{i}", np.concatenate([h, stack.pop()], axis=3))
-        if level:
-            h = conv(p[f"upsample_{level}"], np.kron(h, np.ones((1, 2, 2, 1))))
-    assert not stack
-    return conv(p["conv_out"], swish(norm(p["norm_out"], h, groups)))
-
-
-def cheap_key(seed):
-    """Of the generator that compiles fastest."""
-    return jax.random.key(seed, impl="rbg")
-
+from tests.models.numpy_unet import cheap_key, forward
 
 # --- Tiny networks with all weights random, those of the zero layers too
 
@@ -274,48 +171,6 @@ def test_initial_weights():
     assert 0 < abs(out).max() < 1e-4
 
 
-# --- Parts
-
-
-def test_time_embedding():
-    t = np.arange(1, 1001)
-    found = time_embedding(jnp.asarray(t), 128)
-    # Float32 angles of up to 999 are good to some 1e-4, as in the authors' code.
-    close(found, sinusoids(t, 128), atol=2e-4)
-    close(found[0], np.repeat([0.0, 1.0], 64), atol=1e-7)
-    close(found[1, [0, 63, 64, 127]], [np.sin(1), 1e-4, np.cos(1), 1], rtol=1e-5)
-
-
-def test_time_embedding_of_odd_dimension_has_that_dimension():
-    assert time_embedding(jnp.array([1, 2]), 5).shape == (2, 5)
-
-
-def test_too_few_channels_for_a_time_embedding_are_refused():
-    """Of one frequency the formula's step is 1/0: the output would be NaN."""
-    x, t = jnp.zeros((1, 4, 4, 1)), jnp.ones(1, int)
-    with pytest.raises(ValueError, match="channels"):
-        jax.eval_shape(
-            UNet(2, (1,), 1, attention_resolutions=(), num_groups=1).init, jax.random.key(0), x, t
-        )
-
-
-@pytest.mark.parametrize(("stride", "rows"), [(1, (0, 1, 2)), (2, (0, 1))])
-def test_convolution_pads_with_stride_2_at_the_bottom_and_right_only(stride, rows):
-    """Which outputs see pixel (1, 2), and by which tap."""
-    x = np.zeros((1, 4, 6, 1), np.float32)
-    x[0, 1, 2] = 1
-    kernel = np.arange(1, 10, dtype=np.float32).reshape(3, 3, 1, 1)
-    layer = conv3x3(1, "conv", dtype=jnp.float32, stride=stride)
-    out = layer.apply({"params": {"kernel": kernel, "bias": np.zeros(1, np.float32)}}, x)[0, ..., 0]
-    if stride == 1:
-        assert (out[0:3, 1:4] == kernel[::-1, ::-1, 0, 0]).all()
-        assert out.sum() == 45
-    else:
-        expected = np.zeros((2, 3))
-        expected[0, 0], expected[0, 1] = kernel[1, 2, 0, 0], kernel[1, 0, 0, 0]
-        assert (out == expected).all()
-
-
 # --- What cannot be built
 
 
@@ -361,44 +216,6 @@ def test_one_time_for_all_and_nothing_but_batches_of_images():
         model.apply(params, x[0], 3)
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(8, 4), (12, 4), (6, 1), (4, 4)])
-def test_group_norm_is_that_of_flax(channels, groups):
-    """Values and all gradients, of data off centre; the groups next to each other."""
-    x, g = jax.random.normal(jax.random.key(0), (2, 3, 5, 4, channels)) * 2
-    x += jnp.arange(channels)
-    scale, bias = jax.random.normal(jax.random.key(1), (2, channels))
-    results = []
-    for norm in (GroupNorm(groups), nn.GroupNorm(groups, epsilon=1e-6)):
-        params = {"scale": scale, "bias": bias}
-        value, pull = jax.vjp(lambda p, x, norm=norm: norm.apply({"params": p}, x), params, x)
-        of_params, of_x = pull(g)
-        results.append((value, of_params["scale"], of_params["bias"], of_x))
-    for found, expected in zip(*results, strict=True):
-        close(found, expected, rtol=2e-5, atol=2e-5)
-
-
-def test_group_norm_adds_its_epsilon_to_the_variance():
-    x = jnp.array([1e-3, -1e-3]).reshape(1, 2, 1, 1)
-    params = {"scale": jnp.ones(1), "bias": jnp.zeros(1)}
-    found = GroupNorm(1).apply({"params": params}, x)
-    close(found.ravel(), np.array([1e-3, -1e-3]) / np.sqrt(2e-6), rtol=1e-5)
-
-
-@pytest.mark.parametrize("size", [1.0, 30.0])
-def test_attention_is_that_of_jax_on_every_backend(size, monkeypatch):
-    q, k, v, g = jax.random.normal(jax.random.key(0), (4, 2, 9, 6)) * size
-    results = []
-    for backend in ("cpu", "gpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        value, pull = jax.vjp(unet.attention, q, k, v)
-        results.append((value, *pull(g)))
-    weights = scipy.special.softmax(np.einsum("bqc,bkc->bqk", q, k) / 6**0.5, axis=-1)
-    close(results[0][0], np.einsum("bqk,bkc->bqc", weights, v), rtol=1e-4, atol=1e-4 * size)
-    # A gradient is a difference of products of three of the four.
-    for cpu, other in zip(*results, strict=True):
-        close(cpu, other, rtol=1e-4, atol=2e-6 * size**3)
-
-
 # --- bfloat16
 
 
@@ -437,12 +254,3 @@ def test_bfloat16_is_near_float32(name):
     exact = apply(params, x, t)
     error = jnp.sqrt(jnp.mean(jnp.square(found - exact)) / jnp.mean(jnp.square(exact)))
     assert 1e-4 < error < 0.04  # eight bits a number, a dozen layers
-
-
-def test_norm_of_bfloat16_far_from_zero():
-    """Squares of 300 lose, in bfloat16, the variance of 1 beside them."""
-    x = (300 + jax.random.normal(cheap_key(0), (1, 64, 64, 4))).astype(jnp.bfloat16)
-    params = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
-    found = GroupNorm(2).apply({"params": params}, x)
-    assert found.dtype == jnp.bfloat16
-    close(found.astype(jnp.float32), norm(params, np.float64(x), 2), rtol=0, atol=0.1)
