@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm.models import unet, winograd
+from ddpm.models import layers, unet, winograd
 
 
 def direct(x, kernel):
@@ -88,5 +88,5 @@ def test_the_network_is_the_same_by_either(shape, monkeypatch):
     )
     actual = model.apply(params, x, t)
     assert (len(called) > 0) == (jax.default_backend() == "cpu")
-    monkeypatch.setattr(unet, "convolution", jax.lax.conv_general_dilated)
+    monkeypatch.setattr(layers, "convolution", jax.lax.conv_general_dilated)
     np.testing.assert_allclose(actual, model.apply(params, x, t), rtol=0, atol=1e-5)
