@@ -166,7 +166,7 @@ def embed(
     linear layer of the features.
 
     The layers are those of the compact method that calls it. ValueError for a label or features
-    where the network takes none.
+    where the network takes none, and for features that are not [B, num_features].
     """
     embedding = dense(size, "time_1", dtype=dtype)(time)
     embedding = dense(size, "time_2", dtype=dtype)(nn.swish(embedding))
@@ -177,6 +177,8 @@ def embed(
         raise ValueError("a network without classes (num_classes = 0) takes no label")
     if num_features:
         given = jnp.zeros((1, num_features)) if features is None else features
+        if given.ndim != 2 or given.shape[-1] != num_features:
+            raise ValueError(f"features of shape {given.shape}: must be [B, {num_features}]")
         # Without bias: features of zero are no features.
         embedding += nn.Dense(size, use_bias=False, dtype=dtype, name="features")(given)
     elif features is not None:
