@@ -1,6 +1,7 @@
 """The UNet in float64 NumPy, from descriptions of the authors' and of those with its options."""
 
 import jax
+import jax.extend
 import numpy as np
 
 
@@ -151,3 +152,22 @@ def random_params(model, *inputs, seed=30, **more):
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, **more))["params"]
     return jax.tree.map(lambda p: np.float32(rng.normal(size=p.shape) * 0.4), shapes)
+
+
+def dtypes_used(function, *arguments):
+    """Of the first operand, by the operation's name, in all that the function computes."""
+    used = {}
+    for equation in _operations(jax.make_jaxpr(function)(*arguments).jaxpr):
+        for operand in equation.invars[:1]:
+            used.setdefault(equation.primitive.name, set()).add(operand.aval.dtype.name)
+    return used
+
+
+def _operations(jaxpr):
+    """All equations, those of nested functions too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if isinstance(inner, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr):
+                    yield from _operations(getattr(inner, "jaxpr", inner))
