@@ -120,8 +120,11 @@ def model_settings(unet: Mapping[str, Any], path: object) -> ModelSettings:
         raise refuse("downsample_padding", "0 or 1")
     if c["freq_shift"] not in (0, 1):
         raise refuse("freq_shift", "0 or 1")
-    if c.get("attn_norm_num_groups") not in (None, c["norm_num_groups"]):
-        raise refuse("attn_norm_num_groups", "null or norm_num_groups")
+    # Left out, it means norm_num_groups; but with scale_shift, no norm in the middle's attention.
+    scale_shift = c["resnet_time_scale_shift"] == "scale_shift"
+    if c.get("attn_norm_num_groups") not in [c["norm_num_groups"], *[None] * (not scale_shift)]:
+        allowed = "norm_num_groups, with scale_shift" if scale_shift else "null or norm_num_groups"
+        raise refuse("attn_norm_num_groups", allowed)
     if c.get("time_embedding_dim") not in (None, 4 * channels[0]):
         raise refuse("time_embedding_dim", f"null or {4 * channels[0]}")
     if not isinstance(c["flip_sin_to_cos"], bool):
@@ -148,7 +151,7 @@ def model_settings(unet: Mapping[str, Any], path: object) -> ModelSettings:
         "cosines_first": c["flip_sin_to_cos"],
         "frequency_shift": int(c["freq_shift"]),
         "num_classes": 0 if labels is None else labels - 1,
-        "scale_shift": c["resnet_time_scale_shift"] == "scale_shift",
+        "scale_shift": scale_shift,
         **_PLAIN,
     }
     return ModelSettings(model, (*sizes, c["in_channels"]))
@@ -215,6 +218,7 @@ def to_unet_config(config: ConfigDict, image_shape: tuple[int, int, int]) -> dic
         "up_block_types": [f"{a}UpBlock2D" for a in attn[::-1]],
         "layers_per_block": m.num_res_blocks,
         "norm_num_groups": m.num_groups,
+        "attn_norm_num_groups": m.num_groups if m.scale_shift else None,
         "norm_eps": m.norm_epsilon,
         "attention_head_dim": m.head_channels or None,
         "downsample_padding": int(m.symmetric_downsampling),

@@ -16,7 +16,7 @@ from ddpm.errors import InputError
 from ddpm.interop import weights
 from ddpm.modes.export import export
 from ddpm.sampling.samplers import times
-from tests.interop.theirs import UNETS, give_noise, make, save
+from tests.interop.theirs import SCALE_SHIFT, UNETS, give_noise, make, save
 from tests.runs import command, final_state, run
 
 T = 20
@@ -76,9 +76,10 @@ def test_import_export_import_gives_equal_bytes(workdir):
     assert bytes_of(workdir / "third") == bytes_of(workdir / "average")
 
 
-def test_weights_of_others_come_back_as_they_were(tmp_path):
+@pytest.mark.parametrize("options", [{}, SCALE_SHIFT], ids=["default", "scale_shift"])
+def test_weights_of_others_come_back_as_they_were(tmp_path, options):
     """Through this library and back to diffusers: tensor by tensor, and the settings."""
-    net = make(UNETS["small_theirs"])
+    net = make(UNETS["small_theirs"] | options)
     found = weights.load(save(net, tmp_path / "theirs", beta_schedule="scaled_linear"))
     built = experiment.build(found.config, found.image_shape)
     weights.export(tmp_path / "ours", built, found.params)

@@ -23,6 +23,7 @@ from ddpm.objectives import FIXED
 from ddpm.sampling.sample import sample
 from ddpm.sampling.samplers import ancestral, ddim, times
 from tests.interop.theirs import (
+    SCALE_SHIFT,
     UNETS,
     authors_names,
     change_json,
@@ -260,6 +261,7 @@ def test_a_checkpoint_of_the_training_script(small, tmp_path):
 
 def test_every_setting_is_read(tmp_path):
     odd = UNETS["small_theirs"] | {"attention_head_dim": 16, "freq_shift": 1, "norm_eps": 1e-4}
+    odd |= SCALE_SHIFT
     folder = save(make(odd), tmp_path / "odd", num_train_timesteps=50, beta_end=0.1)
     found = weights.load(folder)
     assert found.image_shape == (8, 16, 1)
@@ -274,6 +276,7 @@ def test_every_setting_is_read(tmp_path):
         "symmetric_downsampling": True,
         "cosines_first": True,
         "frequency_shift": 1,
+        "scale_shift": True,
     }
     assert found.config.diffusion.num_steps == 50
     assert found.config.diffusion.beta_end == 0.1
@@ -287,6 +290,11 @@ REFUSED = [
     ("unet/config.json", {"time_embedding_type": "fourier"}, "time_embedding_type"),
     ("unet/config.json", {"time_embedding_dim": 99}, "time_embedding_dim = 99"),
     ("unet/config.json", {"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift"),
+    (
+        "unet/config.json",
+        {"resnet_time_scale_shift": "scale_shift"},
+        r"attn_norm_num_groups = None: must be norm_num_groups, with scale_shift",
+    ),
     ("unet/config.json", {"mid_block_type": None}, "mid_block_type = None"),
     ("unet/config.json", {"mid_block_scale_factor": 2}, "mid_block_scale_factor"),
     ("unet/config.json", {"add_attention": False}, "add_attention"),

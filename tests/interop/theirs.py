@@ -56,6 +56,9 @@ UNETS["small_theirs"] = blocks((False, True)) | {
     "norm_num_groups": 4,
     "layers_per_block": 1,
 }
+# Without groups of its own, the middle's attention would have no norm, unlike all other.
+SCALE_SHIFT = {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4}
+UNETS["small_scale_shift"] = UNETS["small"] | SCALE_SHIFT
 
 
 def make(settings, seed=0):
