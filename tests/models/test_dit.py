@@ -328,7 +328,7 @@ def test_sides_that_do_not_divide_into_patches_are_refused(height, width, size):
 def test_channels_are_refused_that_do_not_divide_by_four_or_into_heads():
     with pytest.raises(ValueError, match="10 channels: a transformer's must be divisible by 4"):
         build(SMALL.copy(channels=10, head_channels=5))
-    with pytest.raises(ValueError, match="8 channels do not divide into heads .* = 3"):
+    with pytest.raises(ValueError, match=r"8 channels do not divide into heads .* = 3"):
         build(SMALL.copy(head_channels=3))
 
 
