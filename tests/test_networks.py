@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import digits
 from configs.ablations import networks as ablation
 from ddpm import DiT, UNet, experiment, networks
-from ddpm.config import default
+from ddpm.config import default, to_json
 from ddpm.data.sources import npz
 from ddpm.errors import InputError
 from ddpm.interop import settings, weights
@@ -243,12 +244,14 @@ def test_what_comes_without_these_options_is_read_without_them():
     assert all(any(f"config.model.{key} = " in line for line in told) for key in changes)
 
 
-@pytest.mark.parametrize("plain", [(), []])
-def test_a_config_that_was_json_is_exported_as_before(plain):
-    config = default()
-    with config.ignore_type():
-        config.model.input_features = plain
+def test_a_run_read_from_its_json_is_exported_as_before():
+    """There, tuples have become lists."""
+    config = ConfigDict(to_json(default()))
+    assert config.model.input_features == []
     settings.check_network(config)
+    config.model.input_features = [7]
+    with pytest.raises(InputError, match=r"input_features = \[7\]"):
+        settings.check_network(config)
 
 
 # --- The real commands

@@ -155,7 +155,8 @@ def test_forward_pass(name):
     found = apply(params, *arguments, told)
     assert found.dtype == jnp.float32
     assert np.std(expected) > 0.1
-    close(found, expected, rtol=1e-3, atol=1e-3 * np.std(expected))
+    # Nearer than GELU and its approximation are to each other.
+    close(found, expected, rtol=0, atol=2e-4 * np.std(expected))
 
 
 def test_no_condition_no_features_and_no_label_are_zeros_and_the_last_label():
