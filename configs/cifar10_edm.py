@@ -1,9 +1,9 @@
-"""CIFAR-10 as Karras et al. (2022) train it, preconditioned, with the network of Ho et al. (2020).
+"""CIFAR-10 as Karras et al. (2022) train it: preconditioned, told of the changes to its images.
 
     python main.py --config=configs/cifar10_edm.py
 
-200 million images. Their networks (DDPM++, NCSN++) and augmentation are not here; the sampler is
-Euler's, which is DDIM. Their figure, with those and Heun's sampler: FID 1.97. Not yet run here.
+200 million images; their DDPM++ network, which encodes the noise in our way, and their sampler of
+35 calls. Their figure: FID 1.97. Not yet run here.
 """
 
 from ml_collections import ConfigDict
@@ -14,10 +14,18 @@ from ddpm.config import default
 def get_config() -> ConfigDict:
     """The config."""
     config = default()
-    config.model.dropout = 0.13
+    config.data.flip = False  # one of the changes that it is told of
+    config.model.update(
+        channel_multipliers=(2, 2, 2),
+        num_res_blocks=4,
+        up_down="resblock",
+        skip_scale=0.5**0.5,
+        dropout=0.13,
+    )
     config.diffusion.update(schedule="edm", prediction="edm", sigma_data=0.5)
     config.training.update(
         times="log_normal",
+        augmentation=0.12,
         ema="half_life",
         ema_images=500_000,
         steps=390_625,
@@ -26,5 +34,5 @@ def get_config() -> ConfigDict:
         warmup_steps=19_531,
         grad_clip=0.0,
     )
-    config.sampling.update(sampler="ddim", steps=50, clip=False)
+    config.sampling.update(sampler="heun", grid="karras", steps=18, clip=False)
     return config

@@ -3,7 +3,8 @@
     python main.py --config=configs/ablations/schedules.py:sigmoid
 
 `zero_terminal` is the linear one rescaled to end without signal, for which v is predicted;
-`linear_v` is that without.
+`linear_v` is that without. `cosine_shifted` adds, as for 8x8 images from 32x32, 2 log 4 to the
+log-SNR. A learned one: bounds.py.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear": {"diffusion.schedule": "linear"},
     "quadratic": {"diffusion.schedule": "quadratic"},
     "cosine": {"diffusion.schedule": "cosine"},
+    "cosine_shifted": {"diffusion.schedule": "cosine", "diffusion.reference_resolution": 32},
     "sigmoid": {"diffusion.schedule": "sigmoid"},
     "linear_log_snr": {"diffusion.schedule": "linear_log_snr"},
     "linear_v": {"diffusion.schedule": "linear", "diffusion.prediction": "v"},
