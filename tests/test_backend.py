@@ -1,9 +1,13 @@
 """Where compiled programs are kept, and that the environment has the last word."""
 
+import subprocess
+import sys
+
 import jax
 import pytest
 
 from ddpm import backend
+from tests.runs import ROOT
 
 
 @pytest.mark.parametrize("chosen", ["", "/elsewhere"])
@@ -29,3 +33,22 @@ def test_by_default_in_the_cache_folder_of_the_user(tmp_path, monkeypatch):
         assert found.startswith(str(tmp_path / "ddpm" / "compiled"))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_training_imports_neither_pytorch_nor_tensorflow(tmp_path):
+    """Seconds of every start, and of no use; tensorboardX would."""
+    pytest.importorskip("torch")
+    code = f"""
+import sys
+from pathlib import Path
+from ddpm.modes import edit, evaluate, sample, train
+from ddpm.training.logbook import Logbook
+book = Logbook(Path({str(tmp_path)!r}), step=0, steps=1)
+book.scalars(1, {{"loss": 1.0}})
+book.close()
+assert not {{"torch", "tensorflow"}} & sys.modules.keys()
+import torch
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+    assert list((tmp_path / "tensorboard").iterdir())

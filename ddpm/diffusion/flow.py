@@ -20,7 +20,6 @@ The denoiser must not be clipped: a clipped one has another, wrong divergence.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import diffrax
 import jax
 import jax.numpy as jnp
 
@@ -88,9 +87,8 @@ def transport(
         return jnp.sqrt(per_example_mean(error**2)).max()
 
     first, last = (-schedule.at(jnp.asarray(time, float)).high / 2 for time in (t, s))
-    solution = _solve(velocity, first, last, jnp.asarray(x_t, jnp.float32), tolerance, worst)
-    reached = diffrax.is_successful(solution.result)
-    return Transported(jnp.where(reached, _last(solution), jnp.nan), _calls(solution))
+    end, calls = _solve(velocity, first, last, jnp.asarray(x_t, jnp.float32), tolerance, worst)
+    return Transported(end, calls)
 
 
 def log_density(
@@ -143,11 +141,9 @@ def log_density(
 
     first, last = -schedule.log_snr[1] / 2, -schedule.log_snr[-1] / 2
     start = x_1, jnp.zeros(shape[:1])
-    solution = _solve(velocity, first, last, start, tolerance, worst)
-    x_last, divergence = _last(solution)
+    (x_last, divergence), calls = _solve(velocity, first, last, start, tolerance, worst)
     prior = -0.5 * per_example_mean(x_last**2) - 0.5 * jnp.log(2 * jnp.pi)
-    reached = diffrax.is_successful(solution.result)
-    return Flow(jnp.where(reached, prior + divergence, jnp.nan), x_last, _calls(solution))
+    return Flow(prior + divergence, x_last, calls)
 
 
 def _check_ends(schedule: NoiseSchedule) -> None:
@@ -162,9 +158,12 @@ def _solve(
     start: Any,
     tolerance: float,
     norm: Callable[[Any], jax.Array],
-) -> diffrax.Solution:
-    """Over u = log(sigma / alpha) from first to last, up or down."""
-    return diffrax.diffeqsolve(
+) -> tuple[Any, jax.Array]:
+    """What `start` becomes over u = log(sigma / alpha) from first to last, up or down, NaN where
+    the solver gave up; and how often the denoiser was called."""
+    import diffrax  # a third of the time that importing all of this library takes
+
+    solution = diffrax.diffeqsolve(
         diffrax.ODETerm(velocity),
         diffrax.Tsit5(),
         first,
@@ -176,15 +175,10 @@ def _solve(
         adjoint=diffrax.ForwardMode(),
         throw=False,
     )
-
-
-def _last(solution: diffrax.Solution) -> Any:
-    return jax.tree.map(lambda x: x[-1], solution.ys)
-
-
-def _calls(solution: diffrax.Solution) -> jax.Array:
-    """Six stages a step, of which the first is the last one's sixth."""
-    return 6 * solution.stats["num_steps"] + 1
+    reached = diffrax.is_successful(solution.result)
+    end = jax.tree.map(lambda x: jnp.where(reached, x[-1], jnp.nan), solution.ys)
+    # Six stages a step, of which the first is the last one's sixth.
+    return end, 6 * solution.stats["num_steps"] + 1
 
 
 def _with_trace(

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from ddpm.files import write_whole
@@ -34,7 +33,7 @@ class Logbook:
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_whole(self.path, lambda path: path.write_text(text))
         self._file = self.path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._board = _summary_writer()(str(workdir / "tensorboard"), purge_step=step + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05
@@ -93,6 +92,20 @@ class Logbook:
             self._bar.close()
         self._file.close()
         self._board.close()
+
+
+def _summary_writer() -> Any:
+    """tensorboardX's, kept from importing PyTorch, which it would where that is installed: that
+    takes seconds, and nothing here needs it."""
+    without = "torch" not in sys.modules
+    if without:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if without:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def say(text: str, bar: Any = None) -> None:
