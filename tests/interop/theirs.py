@@ -4,10 +4,13 @@ import json
 import re
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpm.diffusion.keys import normal
+from ddpm.errors import InputError
+from ddpm.interop import weights
 
 _PAPERS = {
     "norm_eps": 1e-6,
@@ -148,3 +151,11 @@ def give_noise(monkeypatch, keys, times, image_shape):
         "pipelines.ddim.pipeline_ddim",
     ):
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", randn_tensor)
+
+
+def refused(where, said, config=None):
+    """The one line that these weights are refused with."""
+    with pytest.raises(InputError, match=said) as error:
+        weights.load(where, config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
