@@ -93,8 +93,8 @@ def check_sampling(config: ConfigDict, schedule: NoiseSchedule) -> None:
         (
             learned in LEARNED and s.variance == "analytic",
             "variance",
-            f"the model has learned its own, config.diffusion.variance = {learned!r}, which samples "
-            "and the bound take: leave it at 'fixed_large'",
+            f"the model has learned its own, config.diffusion.variance = {learned!r}, which "
+            "samples and the bound take: leave it at 'fixed_large'",
         ),
         (
             s.sampler in ("euler", "heun", "langevin") and from_the_dark,
