@@ -192,10 +192,16 @@ def check_objective(config: ConfigDict, schedule: NoiseSchedule) -> None:
             "at t = T",
         ),
         (
+            dark and t.times == "log_normal",
+            "training.times",
+            "sigma/alpha is infinite at t = T, where the schedule leaves no signal, so that T is "
+            "never drawn and samples begin there: take 'uniform', or another schedule",
+        ),
+        (
             integral and schedule.num_steps < 2,
             "training.loss_weight" if over_log_snr else "training.loss",
             "it is an integral over log-SNR, of which a schedule of one noise level has none: take "
-            "more, or another loss",
+            "more of them, or another loss",
         ),
         (
             learned and t.loss not in ("hybrid", "bound"),

@@ -280,6 +280,11 @@ def test_averages():
             r"variance = 'fixed_small': .*'mse' has no reverse variance .*sampling.variance",
         ),
         (
+            {"diffusion__zero_terminal_snr": True, "diffusion__prediction": "v",
+             "training__times": "log_normal"},
+            r"times = 'log_normal': sigma/alpha is infinite .* T is never drawn",
+        ),
+        (
             {"diffusion__num_steps": 1, "training__loss": "continuous_bound"},
             r"loss = 'continuous_bound': .*a schedule of one noise level",
         ),
