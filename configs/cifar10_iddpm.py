@@ -14,6 +14,7 @@ from ddpm.config import default
 def get_config() -> ConfigDict:
     """The config."""
     config = default()
+    config.data.flip = False
     config.model.update(
         num_res_blocks=3,
         attention_resolutions=(16, 8),

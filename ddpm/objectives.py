@@ -171,10 +171,11 @@ def _loss(config: ConfigDict, schedule: Any) -> Loss:
 
 def check_objective(config: ConfigDict, schedule: NoiseSchedule) -> None:
     """InputError, with the reason, for names that do not go together."""
-    d, t, s = config.diffusion, config.training, config.sampling
+    d, t = config.diffusion, config.training
     learned, dark = d.variance in LEARNED, schedule.ends_without_signal()
     bound = t.loss in ("bound", "continuous_bound")
     over_log_snr = t.loss_weight in ("sigmoid", "likelihood")
+    integral = over_log_snr or t.loss == "continuous_bound"
     uneven = t.times in ("log_normal", "logit_normal")
     fractional = t.times == "log_normal" or t.loss == "continuous_bound"
     for holds, key, why in (
@@ -185,16 +186,34 @@ def check_objective(config: ConfigDict, schedule: NoiseSchedule) -> None:
             "tell x_0: predict x_0 or v, or choose another schedule",
         ),
         (
-            dark and (over_log_snr or t.loss == "continuous_bound"),
+            dark and integral,
             "training.loss_weight" if over_log_snr else "training.loss",
             "it is an integral over log-SNR, which has no end where the schedule leaves no signal "
             "at t = T",
+        ),
+        (
+            dark and t.times == "log_normal",
+            "training.times",
+            "sigma/alpha is infinite at t = T, where the schedule leaves no signal, so that T is "
+            "never drawn and samples begin there: take 'uniform', or another schedule",
+        ),
+        (
+            integral and schedule.num_steps < 2,
+            "training.loss_weight" if over_log_snr else "training.loss",
+            "it is an integral over log-SNR, of which a schedule of one noise level has none: take "
+            "more of them, or another loss",
         ),
         (
             learned and t.loss not in ("hybrid", "bound"),
             "diffusion.variance",
             f"config.training.loss = {t.loss!r} says nothing of the variance: take 'hybrid' or "
             "'bound'",
+        ),
+        (
+            d.variance == "fixed_small" and t.loss != "bound",
+            "diffusion.variance",
+            f"config.training.loss = {t.loss!r} has no reverse variance in it: leave it at "
+            "'fixed_large'; samples and the bound that is evaluated go by config.sampling.variance",
         ),
         (
             config.model.noise_input == "log_snr" and d.prediction == "edm",
@@ -257,14 +276,6 @@ def check_objective(config: ConfigDict, schedule: NoiseSchedule) -> None:
             "diffusion.prediction",
             "it is of the step from t to t - 1, and times are fractional with "
             + ("log_normal times" if t.times == "log_normal" else "the continuous bound"),
-        ),
-        (
-            d.variance == "learned"
-            and s.sampler == "ancestral"
-            and 0 < s.steps < schedule.num_steps,
-            "sampling.steps",
-            "config.diffusion.variance = 'learned' is that of single steps from t to t - 1: take "
-            "0, all T, or config.sampling.sampler = 'ddim', or train with 'learned_range'",
         ),
     ):
         if holds:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.variances import ReverseVariance
 from ddpm.errors import InputError
-from ddpm.objectives import variance_name
+from ddpm.objectives import LEARNED, variance_name
 from ddpm.sampling import grids, langevin, samplers, solvers
 from ddpm.sampling.adaptive import probability_flow
 from ddpm.sampling.sample import check_times
@@ -81,7 +81,21 @@ def check_sampling(config: ConfigDict, schedule: NoiseSchedule) -> None:
     dark, whole = schedule.ends_without_signal(), np.issubdtype(visited.dtype, np.integer)
     from_the_dark = dark and visited[0] == schedule.num_steps
     fractional = not whole or s.sampler == "probability_flow" or (s.sampler == "heun" and s.churn)
+    learned, skips = config.diffusion.variance, not whole or bool((np.diff(visited) != -1).any())
     for holds, key, why in (
+        (
+            learned == "learned" and s.sampler == "ancestral" and skips,
+            "times" if s.times else "steps" if 0 < s.steps < schedule.num_steps else "grid",
+            "config.diffusion.variance = 'learned' is that of single steps from t to t - 1: take "
+            "all T, config.sampling.steps = 0 with grid 'uniform', or sampler 'ddim', or train "
+            "with 'learned_range'",
+        ),
+        (
+            learned in LEARNED and s.variance == "analytic",
+            "variance",
+            f"the model has learned its own, config.diffusion.variance = {learned!r}, which "
+            "samples and the bound take: leave it at 'fixed_large'",
+        ),
         (
             s.sampler in ("euler", "heun", "langevin") and from_the_dark,
             "sampler",

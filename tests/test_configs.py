@@ -19,7 +19,8 @@ FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 ABLATIONS = sorted((Path(__file__).parents[1] / "configs" / "ablations").glob("*.py"))
 SHAPES = {"digits": (8, 8, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 PARAMETERS = {"cifar10": 35_746_307, "celebahq256": 113_673_219, "lsun_church256": 113_673_219,
-              "lsun_bedroom256": 113_673_219, "lsun_cat256": 113_673_219}  # fmt: skip
+              "lsun_bedroom256": 113_673_219, "lsun_cat256": 113_673_219,
+              "cifar10_iddpm": 52_546_438}  # fmt: skip
 
 
 def module(file):

@@ -26,6 +26,7 @@ from ddpm.interop.weights import export
 from ddpm.modes.loading import Run
 from ddpm.modes.measures.job import prepare
 from ddpm.networks import check_model
+from ddpm.reverse_process import check_sampling
 from ddpm.validation import CHOICES
 
 T = 20
@@ -259,6 +260,38 @@ def test_averages():
             {"diffusion__variance": "learned", "training__loss": "bound", "sampling__steps": 10},
             r"sampling.steps = 10: .*train with 'learned_range'",
         ),
+        (
+            {"diffusion__variance": "learned", "training__loss": "bound",
+             "sampling__times": (20, 10, 0)},
+            r"sampling.times = \(20, 10, 0\): .*train with 'learned_range'",
+        ),
+        (
+            {"diffusion__variance": "learned", "training__loss": "bound",
+             "sampling__grid": "log_snr"},
+            r"sampling.grid = 'log_snr': .*train with 'learned_range'",
+        ),
+        (
+            {"diffusion__variance": "learned_range", "training__loss": "hybrid",
+             "sampling__variance": "analytic"},
+            r"sampling.variance = 'analytic': the model has learned its own",
+        ),
+        (
+            {"diffusion__variance": "fixed_small"},
+            r"variance = 'fixed_small': .*'mse' has no reverse variance .*sampling.variance",
+        ),
+        (
+            {"diffusion__zero_terminal_snr": True, "diffusion__prediction": "v",
+             "training__times": "log_normal"},
+            r"times = 'log_normal': sigma/alpha is infinite .* T is never drawn",
+        ),
+        (
+            {"diffusion__num_steps": 1, "training__loss": "continuous_bound"},
+            r"loss = 'continuous_bound': .*a schedule of one noise level",
+        ),
+        (
+            {"diffusion__num_steps": 1, "training__loss_weight": "sigmoid"},
+            r"loss_weight = 'sigmoid': .*a schedule of one noise level",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused_with_the_reason(values, said):
@@ -274,9 +307,12 @@ def test_what_goes_together_is_not_refused():
         {"diffusion__variance": "learned_range", "training__loss": "hybrid", "sampling__steps": 10},
         {"diffusion__variance": "learned", "training__loss": "bound", "sampling__steps": 10,
          "sampling__sampler": "ddim"},
+        {"diffusion__variance": "learned", "training__loss": "bound",
+         "sampling__times": tuple(range(20, -1, -1))},
         {"training__loss": "hybrid", "diffusion__variance": "learned_range",
          "training__loss_weight": "min_snr", "training__times": "importance"},
     ):  # fmt: skip
+        check_sampling(configured(**values), noise_schedule(configured(**values)))
         objective_of(**values)
 
 

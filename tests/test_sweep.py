@@ -92,6 +92,17 @@ def test_entries(monkeypatch):
         (["configs/digits.py:eps"], [], "it has no variants"),
         ([TABLE_2], ["--config.training.steps=0"], "mean_bound_learned: config.training.steps = 0"),
         ([TABLE_2], ["--config.training.step=1"], "training.step"),
+        # What each alone would be refused for, before the first of them is trained.
+        (
+            ["configs/ablations/schedules.py"],
+            ["--config.diffusion.zero_terminal_snr=True"],
+            "schedules.py:linear: config.diffusion.prediction = 'eps': the schedule leaves no",
+        ),
+        (
+            [TABLE_2],
+            ["--config.sampling.steps=10"],
+            "mean_bound_learned: config.sampling.steps = 10",
+        ),
     ],
 )
 def test_entries_that_are_wrong(monkeypatch, names, overrides, said):

@@ -73,7 +73,8 @@ def weighted(weight: Weight, *, over_log_snr: bool = False) -> Criterion:
     """weight(log_snr) |x_0 - x_0_hat|^2, the mean over dimensions.
 
     With `over_log_snr` the weight is that of an integral over log-SNR, on which the schedule has no
-    say but for its ends: times -d log_snr/dt and the length of the time, as t is drawn uniformly.
+    say but for its ends: times -d log_snr/dt and the length of the time, as t is drawn uniformly;
+    of whole times the expectation is the trapezoidal rule.
     The bound itself is half of L_simple so taken (Kingma & Gao 2023): likelihood weighting.
     """
 
@@ -81,7 +82,7 @@ def weighted(weight: Weight, *, over_log_snr: bool = False) -> Criterion:
         # By way of v, which neither divides by alpha nor by sigma what was not divided before.
         factor = on_v(weight, schedule.at(t).high)
         if over_log_snr:
-            factor *= -schedule.slope(t) * (schedule.ends[1] - schedule.ends[0])
+            factor *= _per_time(schedule, t)
         return factor * per_example_mean(of_v(schedule, t, error) ** 2)
 
     return criterion
@@ -209,6 +210,16 @@ def ends_of_bound(schedule: Schedule, x_0: jax.Array, eps: jax.Array) -> jax.Arr
     log_snr = lift(schedule.at(first).high, x_0)
     decoded = decoder_log_likelihood(x_0, x_0 + jnp.exp(-0.5 * log_snr) * eps, -log_snr)
     return BITS_PER_NAT * per_example_mean(prior - decoded)
+
+
+def _per_time(schedule: Schedule, t: jax.Array) -> jax.Array:
+    """By what the mean over uniform times is the integral over log-SNR between the ends, [B]."""
+    first, last = schedule.ends
+    if not jnp.issubdtype(t.dtype, jnp.integer):
+        return -schedule.slope(t) * (last - first)
+    before = schedule.between(jnp.maximum(t - 1, int(first)), t)
+    after = schedule.between(t, jnp.minimum(t + 1, int(last)))
+    return (last - first + 1) * (before.log_snr_drop + after.log_snr_drop) / 2
 
 
 def _predict(

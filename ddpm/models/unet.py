@@ -1,7 +1,7 @@
 """The paper's UNet (Appendix B): (x [B, H, W, C], t int[B], label) -> array in the shape of x.
 
 With the settings of the paper it has 35,746,307 parameters for CIFAR-10 and 113,673,219 at 256x256.
-Its last settings but one are those in which networks trained by others differ (`ddpm.interop`).
+From `norm_epsilon` on its settings are those in which networks trained by others differ.
 """
 
 from collections.abc import Callable, Sequence

@@ -22,8 +22,11 @@ from ml_collections import ConfigDict, config_flags
 from ddpm.config import nearest, to_json
 from ddpm.errors import InputError
 from ddpm.evaluation import report
+from ddpm.experiment import noise_schedule
 from ddpm.files import write_whole
 from ddpm.modes.train import NOT_FINITE
+from ddpm.objectives import check_objective
+from ddpm.reverse_process import check_sampling
 from ddpm.training.checkpoints import saved_meta
 from ddpm.training.logbook import say
 from ddpm.validation import validate
@@ -234,13 +237,17 @@ def _variants(file: str) -> list[str]:
 
 
 def _config(arguments: list[str]) -> ConfigDict:
-    """The config that main.py would have of these arguments, checked."""
+    """The config that main.py would have of these arguments, checked but for what the data tell."""
     values, argv = flags.FlagValues(), [sys.argv[0], *arguments]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
         values(argv)
         config: Any = values["config"].value
         validate(config)
+        # Not only when its turn has come, hours after the first.
+        schedule = noise_schedule(config)
+        check_objective(config, schedule)
+        check_sampling(config, schedule)
     except InputError as error:
         raise InputError(f"{arguments[0]}: {error}") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:

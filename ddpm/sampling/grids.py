@@ -94,7 +94,13 @@ def _table(schedule: NoiseSchedule) -> np.ndarray:
 
 def _ends(schedule: NoiseSchedule, sigma_max: float | None) -> tuple[float, float]:
     """The log-SNR where a chain begins, and that of t = 1."""
-    last, first = _table(schedule)[[0, -1]]
+    table = _table(schedule)
+    if len(table) < 2:
+        raise ValueError(
+            "a grid over log-SNR is between two noise levels with signal left, of which there "
+            f"are {len(table)}: take another grid"
+        )
+    last, first = table[[0, -1]]
     if sigma_max is not None:
         if not sigma_max > 0:
             raise ValueError(f"sigma_max = {sigma_max}: must be a number > 0")

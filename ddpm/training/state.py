@@ -126,10 +126,10 @@ def make_train_step(
 
     By default Algorithm 1: L_simple at uniform t. Dropout is on, nothing clipped but the gradient.
     `ema_decay` is one number, or a rate of `ema`; `other_ema_rates` are those of other averages.
-    Each label is replaced by num_classes, 'no
-    label', with probability `label_dropout` (Ho & Salimans 2022). `prepare` changes x_0 and says
-    what the network is told beside it. With `self_conditioning` the network is also given its own
-    guess of x_0, for half of the examples, which takes another call of it.
+    Each label is replaced by num_classes, 'no label', with probability `label_dropout` (Ho &
+    Salimans 2022). `prepare` changes x_0 and says what the network is told beside it. With
+    `self_conditioning` the network is also given its own guess of x_0, for half of the examples,
+    which takes another call of it.
     """
     root = jax.random.key(seed)
     aim = objective or simple(schedule)

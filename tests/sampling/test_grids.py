@@ -62,3 +62,10 @@ def test_grids_of_a_schedule_that_ends_without_signal():
         t = grids.log_snr(schedules.jsd(100), 5, sigma_max=most)
         assert (np.diff(t) < 0).all()
         assert t[0] == 99 if most != 3.0 else t[0] < 99
+
+
+@pytest.mark.parametrize("make", [schedules.linear, schedules.jsd])
+@pytest.mark.parametrize("grid", [grids.log_snr, grids.karras])
+def test_one_noise_level_has_no_grid_over_log_snr(grid, make):
+    with pytest.raises(ValueError, match=r"of which there are [01]: take another grid"):
+        grid(make(1), 1, sigma_max=None)
