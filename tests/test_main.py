@@ -159,6 +159,7 @@ def test_other_images_in_the_same_run_folder(tmp_path):
     done = runs.run(runs.command(run, training__steps=2, **first))
     assert done.returncode == 0, done.stderr
     assert "20 images of 8x8x1" in done.stderr
+    assert "alpha_bar_T = 0.81: x_T still shows the data" in done.stderr
 
     larger = save_npz(tmp_path / "larger.npz", 20, size=16)
     fails(runs.command(run, **larger), "on images of (8, 8, 1), these are (16, 16, 1)")

@@ -83,7 +83,9 @@ def weighted(weight: Weight, *, over_log_snr: bool = False) -> Criterion:
         factor = on_v(weight, schedule.at(t).high)
         if over_log_snr:
             factor *= _per_time(schedule, t)
-        return factor * per_example_mean(of_v(schedule, t, error) ** 2)
+        error_of_v = of_v(schedule, t, error)
+        # Weighted before it is squared: where a weight vanishes the error may be beyond measure.
+        return per_example_mean((lift(jnp.sqrt(factor), error_of_v) * error_of_v) ** 2)
 
     return criterion
 

@@ -60,8 +60,11 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
         (entry, first._replace(built=built._replace(config=entry.config)))
         for entry in parse(built.config)
     ]
-    for _, run in runs:
-        reverse_process.check_sampling(run.built.config, run.built.schedule)
+    for entry, run in runs:
+        try:
+            reverse_process.check_sampling(run.built.config, run.built.schedule)
+        except InputError as error:
+            raise InputError(f"{_where(entry.name)}: {error}") from error
     extractor = make_extractor(built.config, built.image_shape, first.mesh)
     train = experiment.source(config)
     if train.image_shape != built.image_shape:
@@ -110,7 +113,7 @@ def parse(config: ConfigDict) -> list[Entry]:
     of_all = ("sampler", "ema", "num_samples", "batch_size", "seed")
     known = {k: v for k, v in flatten(config.sampling).items() if k not in of_all}
     for text in c.samplers:
-        where = f"config.comparison.samplers, {text!r}"
+        where = _where(text)
         name, *options = text.split() or [""]
         settings: dict[str, Any] = {"sampler": name}
         for option in options:
@@ -133,6 +136,10 @@ def parse(config: ConfigDict) -> list[Entry]:
             times = settings.get("times", ())
             entries.append(Entry(text, len(times) - 1 if times else steps, other))
     return entries
+
+
+def _where(entry: str) -> str:
+    return f"config.comparison.samplers, {entry!r}"
 
 
 def shown_row(row: Row) -> tuple[Any, ...]:

@@ -31,6 +31,7 @@ from ddpm.training.stopping import StopSignal
 from ddpm.validation import check_steering
 
 NOT_FINITE = 3  # main.py's exit code for it
+MUCH_SIGNAL = 0.05  # alpha_bar_T of which one is told; 4e-5 in the paper, and that of VDM 0.0067
 
 
 class NotFinite(RuntimeError):
@@ -143,6 +144,12 @@ def _train(
         f"{jax.device_count()} x {jax.devices()[0].device_kind}; {origin}, "
         f"to step {training.steps}, in {workdir}"
     )
+    left = float(built.schedule.alpha_bar[-1])
+    if left > MUCH_SIGNAL:
+        logbook.say(
+            f"alpha_bar_T = {left:.2g}: x_T still shows the data, and samples begin without; see "
+            "config.diffusion (the betas of 'linear' are for T = 1000)"
+        )
 
     @functools.cache
     def fixed_generator() -> Generator:

@@ -147,3 +147,19 @@ def test_half_of_l_simple_over_log_snr_is_the_continuous_bound():
     likelihood = losses.weighted(weights.simple, over_log_snr=True)
     nats = losses.regression(SCHEDULE, guess, x_0, t, eps, likelihood) / 2
     close(losses.continuous_bound(SCHEDULE, guess, x_0, t, eps) * np.log(2), nats, rtol=1e-3)
+
+
+@pytest.mark.parametrize("weight", [weights.min_snr(), weights.simple, weights.p2()])
+def test_a_weight_that_vanishes_is_of_no_error_however_large(weight):
+    """eps tells x_0 by 1/alpha_T, which is 1e20 here: its square is beyond float32."""
+    schedule = schedules.constant(1000, 0.09)
+    x_0, t = jnp.ones((2, 3)), jnp.full(2, 1000)
+
+    def loss(eps):
+        denoise = denoiser(schedule, lambda x_t, t: eps)
+        criterion = losses.weighted(weight)
+        return losses.regression(schedule, denoise, x_0, t, jnp.zeros_like(x_0), criterion).sum()
+
+    value, gradient = jax.value_and_grad(loss)(jnp.ones_like(x_0))
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
