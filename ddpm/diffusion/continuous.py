@@ -181,14 +181,14 @@ def learned(parameters: MonotoneLogSNR) -> ContinuousSchedule:
     def log_snr(t: Any) -> Any:
         xp = jnp if traced else _numpy_of(t)
         p = MonotoneLogSNR(*(xp.asarray(x, float) for x in parameters))
-        height, sharpness = xp.logaddexp(p.height, 0.0), xp.logaddexp(p.sharpness, 0.0)
+        height, half = (xp.logaddexp(x, 0.0) / 2 for x in (p.height, p.sharpness))
 
         def rise(t: Any) -> Any:
-            units = 0.5 + 0.5 * xp.tanh(0.5 * sharpness * (t[..., None] - p.place))  # sigmoids
+            """From 0 at t = 0, unit by unit: those that do not change in 0..1 cost no digits."""
+            units = xp.tanh(half * (t[..., None] - p.place)) + xp.tanh(half * p.place)
             return t + (height * units).sum(axis=-1)
 
-        start, end = rise(xp.zeros(())), rise(xp.ones(()))
-        part = (rise(xp.asarray(t, float)) - start) / (end - start)
+        part = rise(xp.asarray(t, float)) / rise(xp.ones(()))
         return p.log_snr_0 * (1 - part) + p.log_snr_1 * part
 
     return ContinuousSchedule(log_snr)

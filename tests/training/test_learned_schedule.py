@@ -244,6 +244,6 @@ def test_it_falls_from_end_to_end_whatever_the_shape(size):
         table = continuous.table(schedule, 1000)
         assert (table.beta[1:] > 0).all()
         in_float32 = schedule.at(np.linspace(0, 1, 1001)).high
-        assert (np.diff(in_float32) <= 0).all()
-        close(in_float32[jnp.array([0, -1])], [13.3, -5], atol=5e-5)
+        assert (np.diff(in_float32) <= 2e-6).all()
+        close(in_float32[jnp.array([0, -1])], [13.3, -5], atol=1e-5)
         close(in_float32, log_snr, atol=1e-3)
