@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from scipy import integrate
+from scipy import integrate, optimize, stats
 
 from ddpm.errors import InputError
 from ddpm.training import ema, snapshots
@@ -35,9 +35,14 @@ def walk():
     return np.cumsum(np.random.default_rng(0).normal(0.05, 1, (STEPS, 10)), axis=0)
 
 
+def gamma_of(relative_std):
+    """Of tau^gamma on [0, 1], a beta distribution, the one with this standard deviation."""
+    return optimize.brentq(lambda g: stats.beta(g + 1, 1).std() - relative_std, 0.01, 1e4)
+
+
 def by_profile(walk, relative_std, step):
     """The average with the weight tau^gamma, of each step its integral over (step - 1, step)."""
-    edges = (np.arange(step + 1) / step) ** (ema.power_of(relative_std) + 1)
+    edges = (np.arange(step + 1) / step) ** (gamma_of(relative_std) + 1)
     return np.diff(edges) @ walk[:step]
 
 
@@ -45,10 +50,10 @@ def by_profile(walk, relative_std, step):
 def folder(walk, tmp_path_factory):
     """By the recursion of a training, in float64, kept as float32."""
     folder = tmp_path_factory.mktemp("run") / "averages"
-    averages = [walk[0] for _ in KEPT]
+    averages, gammas = [walk[0] for _ in KEPT], [gamma_of(std) for std in KEPT]
     for step in range(1, STEPS + 1):
-        for i, std in enumerate(KEPT):
-            decay = (1 - 1 / step) ** (ema.power_of(std) + 1)
+        for i, gamma in enumerate(gammas):
+            decay = (1 - 1 / step) ** (gamma + 1)
             averages[i] = decay * averages[i] + (1 - decay) * walk[step - 1]
         if step % EVERY == 0:
             snapshots.save(folder, step, [tree(np.float32(a)) for a in averages], KEPT)
