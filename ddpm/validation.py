@@ -102,10 +102,10 @@ def validate(config: Mapping[str, Any]) -> None:
             f"config.training.ema_snapshot_every = {t['ema_snapshot_every']}: goes with "
             "config.training.ema = 'power', of which any width can be made"
         )
-    if s["ema_relative_std"] and not s["ema"]:
+    if s["ema_relative_std"] and not (s["ema"] and t["ema"] == "power"):
         raise InputError(
             f"config.sampling.ema_relative_std = {s['ema_relative_std']}: goes with "
-            "config.sampling.ema = True"
+            "config.sampling.ema = True and config.training.ema = 'power', with snapshots of it"
         )
     if (d["schedule"] == "betas") != bool(d["betas"]):
         raise InputError("config.diffusion.betas goes with schedule 'betas', and only with it")

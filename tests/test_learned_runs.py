@@ -180,9 +180,10 @@ def test_the_bound_is_that_of_the_learned_end_points(whole):
             r"ema_relative_std = -0.1: must be 0 or in \(0, 0.28",
         ),
         (
-            {"sampling__ema_relative_std": 0.1, "sampling__ema": False},
-            r"ema_relative_std = 0.1: goes with config.sampling.ema = True",
+            {"sampling__ema_relative_std": 0.1, "sampling__ema": False, "training__ema": "power"},
+            r"ema_relative_std = 0.1: goes with config.sampling.ema = True and config.training.ema",
         ),
+        ({"sampling__ema_relative_std": 0.1}, r"goes with .* config.training.ema = 'power'"),
         ({"training__ema_relative_stds": ()}, r"stds = \(\): must be a tuple of different numbers"),
         ({"training__ema_relative_stds": (0.1, 0.1)}, r"must be a tuple of different numbers"),
         ({"training__ema_relative_stds": (0.05, 0.3)}, r"must be .* numbers in \(0, 0.28\]"),
