@@ -3,7 +3,8 @@
     python main.py --config=configs/ablations/bounds.py:continuous
 
 `whole` and `learned` are Eq. 5; `important` draws its t by the losses; `continuous` is the limit as
-T grows, `even` the same with t evenly spread in a batch.
+T grows, `even` the same with t evenly spread in a batch. `learned_schedule` begins as
+`linear_log_snr` does and learns the rest: the ends by the bound, the shape by its variance.
 """
 
 from typing import Any
@@ -19,12 +20,16 @@ _CONTINUOUS = {
     "training.grad_clip": 1000.0,
     "sampling.variance": "fixed_small",
 }
+_EVEN = _CONTINUOUS | {"training.times": "low_discrepancy"}
+_TOLD = _EVEN | {"model.noise_input": "log_snr"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "whole": _BOUND | {"diffusion.variance": "fixed_small", "sampling.variance": "fixed_small"},
     "learned": _BOUND | {"diffusion.variance": "learned_range"},
     "important": _BOUND | {"diffusion.variance": "learned_range", "training.times": "importance"},
     "continuous": _CONTINUOUS,
-    "even": _CONTINUOUS | {"training.times": "low_discrepancy"},
+    "even": _EVEN,
+    "linear_log_snr": _TOLD | {"diffusion.schedule": "linear_log_snr"},
+    "learned_schedule": _TOLD | {"diffusion.schedule": "learned"},
 }
 
 
