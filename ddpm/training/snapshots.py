@@ -37,7 +37,7 @@ def save(folder: Path, step: int, averages: Sequence[Any], relative_stds: Sequen
             with temporary.open("wb") as file:
                 np.savez(file, **flat)  # type: ignore[arg-type]
 
-        write_whole(folder / f"step_{step:08}_std{std!r}.npz", write)
+        write_whole(folder / f"step_{step:08}_std{float(std)!r}.npz", write)
 
 
 def cut(folder: Path, step: int) -> None:

@@ -207,7 +207,9 @@ def test_none_up_to_the_step(tmp_path):
 
 
 def test_widths_alike_to_six_digits_are_two_files(tmp_path):
-    snapshots.save(tmp_path, 10, [tree(np.zeros(10)), tree(np.ones(10))], (0.05, 0.05000001))
+    snapshots.save(
+        tmp_path, 10, [tree(np.zeros(10)), tree(np.ones(10))], (0.05, np.float64(0.05000001))
+    )
     assert {float(p.stem.split("std")[1]) for p in tmp_path.iterdir()} == {0.05, 0.05000001}
 
 
