@@ -87,7 +87,13 @@ class Experiment(NamedTuple):
         if LEARNED_SCHEDULE not in params:
             return self
         found = continuous.learned(continuous.MonotoneLogSNR(**params[LEARNED_SCHEDULE]))
-        schedule = continuous.table(found, self.schedule.num_steps)
+        try:
+            schedule = continuous.table(found, self.schedule.num_steps)
+        except ValueError as error:  # of end points that have crossed, or are NaN
+            raise InputError(
+                f"the schedule that was learned cannot be used: {error}; train anew with a lower "
+                "config.training.learning_rate"
+            ) from error
         return self._replace(schedule=schedule, objective=objective(self.config, schedule))
 
     @property
@@ -233,7 +239,8 @@ def with_settings(config: ConfigDict, **sections: dict[str, Any]) -> tuple[Confi
 def noise_schedule(
     config: ConfigDict, image_shape: tuple[int, int, int] | None = None
 ) -> NoiseSchedule:
-    """The schedule by its name, shifted and rescaled where the config says so."""
+    """The schedule by its name; shifted, with the images' shape, and rescaled where the config
+    says so."""
     d = config.diffusion
     try:
         schedule = SCHEDULES[d.schedule](d)
@@ -323,7 +330,8 @@ def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Any) -> l
     now, before = flatten(to_json(config)), flatten(to_json(default())) | flatten(saved)
     free = ("sampling.", "editing.", "comparison.", "evaluation.", "training.steps",
             "training.log_every",
-            "training.sample_every", "training.checkpoint")  # fmt: skip
+            "training.sample_every", "training.checkpoint",
+            "training.ema_snapshot_every")  # fmt: skip
     told = ("data.path", "data.broken_images", "model.dtype", "training.learning_rate",
             "training.warmup_steps", "training.grad_clip")  # fmt: skip
     changed = []

@@ -221,7 +221,9 @@ def check_objective(config: ConfigDict, schedule: NoiseSchedule) -> None:
             "EDM's preconditioning tells of the noise in its own way: take 't'",
         ),
         (
-            d.schedule == "learned" and config.model.noise_input != "log_snr",
+            d.schedule == "learned"
+            and d.prediction != "edm"
+            and config.model.noise_input != "log_snr",
             "model.noise_input",
             "t means another noise as the schedule is learned: take 'log_snr'",
         ),

@@ -102,10 +102,10 @@ def validate(config: Mapping[str, Any]) -> None:
             f"config.training.ema_snapshot_every = {t['ema_snapshot_every']}: goes with "
             "config.training.ema = 'power', of which any width can be made"
         )
-    if s["ema_relative_std"] and not s["ema"]:
+    if s["ema_relative_std"] and not (s["ema"] and t["ema"] == "power"):
         raise InputError(
             f"config.sampling.ema_relative_std = {s['ema_relative_std']}: goes with "
-            "config.sampling.ema = True"
+            "config.sampling.ema = True and config.training.ema = 'power', with snapshots of it"
         )
     if (d["schedule"] == "betas") != bool(d["betas"]):
         raise InputError("config.diffusion.betas goes with schedule 'betas', and only with it")
@@ -117,6 +117,7 @@ def validate(config: Mapping[str, Any]) -> None:
     if config["editing"]["t"] > num_steps:
         t = config["editing"]["t"]
         raise InputError(f"config.editing.t = {t}: must be in 1..T = {num_steps}, or 0 for T / 2")
+    _check_network(config)
     _check_conditioning(config)
 
 
@@ -157,6 +158,21 @@ def check_steering(config: Mapping[str, Any]) -> None:
         )
 
 
+def _check_network(config: Mapping[str, Any]) -> None:
+    """InputError for what has no effect with another setting, so that nobody compares it."""
+    m = config["model"]
+    for key, plain, other, value in (
+        ("symmetric_downsampling", False, "up_down", "resblock"),
+        ("cosines_first", False, "time_features", "fourier"),
+        ("frequency_shift", 1, "time_features", "fourier"),
+    ):
+        if m[other] == value and m[key] != plain:
+            raise InputError(
+                f"config.model.{key} = {m[key]!r}: has no effect with config.model.{other} = "
+                f"{value!r}: leave it at {plain!r}"
+            )
+
+
 def _check_conditioning(config: Mapping[str, Any]) -> None:
     given, t = flatten(config), config["training"]
     enlarges = config["model"]["low_resolution"]
@@ -173,10 +189,16 @@ def _check_conditioning(config: Mapping[str, Any]) -> None:
             f"config.sampling.low_resolution_noise = {noise}: more than in training "
             f"(config.training.low_resolution_noise = {most}), which the model has not learned"
         )
-    if t["augmentation"] and t["loss"] in ("bound", "hybrid"):
+    learned = config["diffusion"]["schedule"] == "learned"  # whose end points code the data too
+    if t["augmentation"] and (learned or t["loss"] in ("bound", "hybrid")):
         raise InputError(
             f"config.training.augmentation = {t['augmentation']}: warped images are not the 8-bit "
-            f"data that the decoder in config.training.loss = {t['loss']!r} codes: take 'mse'"
+            "data that the decoder "
+            + (
+                "of a learned schedule codes: take another config.diffusion.schedule"
+                if learned
+                else f"in config.training.loss = {t['loss']!r} codes: take 'mse'"
+            )
         )
 
 

@@ -88,9 +88,16 @@ def final_state(workdir):
     """(step, every array of the newest checkpoint), read by the config in the run folder."""
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
     built = experiment.build(config, (8, 8, 1))
-    history = built.objective.history
     shapes = jax.eval_shape(
-        lambda: init(built.model, built.optimizer, built.image_shape, 0, history)
+        lambda: init(
+            built.model,
+            built.optimizer,
+            built.image_shape,
+            0,
+            built.objective.history,
+            schedule_parameters=built.objective.schedule_parameters(),
+            other_averages=len(built.other_ema_rates),
+        )
     )
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     placed = sharding.replicated(sharding.data_mesh())

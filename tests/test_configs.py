@@ -84,15 +84,19 @@ def test_config_takes_a_step_at_toy_size(file):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, *shape), dtype=np.uint8)
     # Filled by NumPy: compiling the initialisation would take as long as the step.
-    shapes = jax.eval_shape(lambda: init(built.model, built.optimizer, shape, 0))
+    learned = built.objective.schedule_parameters()
+    shapes = jax.eval_shape(
+        lambda: init(built.model, built.optimizer, shape, 0, schedule_parameters=learned)
+    )
     start = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     params = jax.tree.map(lambda x: np.float32(0.1 * rng.normal(size=x.shape)), start.params)
-    start = start._replace(params=params)
+    start = start._replace(params=params | learned)
     state, metrics = step(start, Metrics.zero(), images)
     assert np.isfinite(metrics.loss)
     assert int(metrics.first_bad_step) == -1
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), start.params, state.params)
     assert moved["conv_out"]["kernel"]
+    assert all(all(moved[key].values()) for key in learned)
 
 
 @pytest.mark.parametrize("file", ABLATIONS, ids=lambda f: f.stem)

@@ -191,6 +191,19 @@ def test_a_transformer_that_cannot_be_built_is_refused(changes, shape, said):
         ({"model__input_features": (16,)}, r"\(16,\): must be a tuple of different whole numbers"),
         ({"model__patch_size": 0}, r"patch_size = 0: must be a whole number >= 1"),
         ({"model__depth": 0}, r"depth = 0: must be a whole number >= 1"),
+        (
+            {"model__up_down": "resblock", "model__symmetric_downsampling": True},
+            r"symmetric_downsampling = True: has no effect with config.model.up_down = 'resblock': "
+            "leave it at False",
+        ),
+        (
+            {"model__time_features": "fourier", "model__cosines_first": True},
+            r"cosines_first = True: has no effect with config.model.time_features = 'fourier'",
+        ),
+        (
+            {"model__time_features": "fourier", "model__frequency_shift": 0},
+            r"frequency_shift = 0: has no effect .*'fourier': leave it at 1",
+        ),
     ],
 )
 def test_a_wrong_value_is_named(changes, said):

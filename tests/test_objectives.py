@@ -33,6 +33,11 @@ T = 20
 X_0, EPS = np.float32(np.random.default_rng(0).normal(size=(2, 5, 4)).clip(-1, 1))
 TIMES = jnp.array([1, 2, 8, 19, 20])
 SCHEDULE = schedules.cosine(T)
+LEARNED = {
+    "diffusion__schedule": "learned",
+    "model__noise_input": "log_snr",
+    "training__loss": "continuous_bound",
+}
 
 
 def configured(**values):
@@ -292,6 +297,37 @@ def test_averages():
             {"diffusion__num_steps": 1, "training__loss_weight": "sigmoid"},
             r"loss_weight = 'sigmoid': .*a schedule of one noise level",
         ),
+        ({"diffusion__schedule": "learned"}, r"noise_input = 't': t means another noise as the"),
+        (
+            LEARNED | {"training__loss": "mse"},
+            r"training.loss = 'mse': a schedule is learned by the continuous bound alone",
+        ),
+        (LEARNED | {"training__loss": "bound"}, r"training.loss = 'bound': a schedule is learned"),
+        (
+            LEARNED | {"training__loss": "hybrid", "diffusion__variance": "learned_range"},
+            r"training.loss = 'hybrid': a schedule is learned by the continuous bound",
+        ),
+        (
+            LEARNED | {"training__times": "importance"},
+            r"times = 'importance': it remembers the losses of whole times",
+        ),
+        (LEARNED | {"training__times": "log_normal"}, r"integral over evenly drawn times"),
+        (
+            LEARNED | {"diffusion__reference_resolution": 64},
+            r"schedule = 'learned': it is learned, and neither rescaled nor shifted",
+        ),
+        (LEARNED | {"diffusion__variance": "learned_range"}, r"says nothing of the variance"),
+        (LEARNED | {"diffusion__prediction": "posterior_mean"}, r"with the continuous bound"),
+        (LEARNED | {"diffusion__prediction": "edm"}, r"noise in its own way: take 't'"),
+        (
+            LEARNED | {"diffusion__log_snr_0": -5.0},
+            r"config.diffusion: log-SNR from -5.0 to -5.0: must fall",
+        ),
+        (LEARNED | {"diffusion__num_steps": 1}, r"config.diffusion: num_steps = 1: must be >= 2"),
+        (
+            LEARNED | {"training__augmentation": 0.1},
+            r"augmentation = 0.1: .*decoder of a learned schedule codes: take another",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused_with_the_reason(values, said):
@@ -311,6 +347,8 @@ def test_what_goes_together_is_not_refused():
          "sampling__times": tuple(range(20, -1, -1))},
         {"training__loss": "hybrid", "diffusion__variance": "learned_range",
          "training__loss_weight": "min_snr", "training__times": "importance"},
+        LEARNED | {"diffusion__prediction": "v", "training__times": "low_discrepancy"},
+        LEARNED | {"diffusion__prediction": "edm", "model__noise_input": "t"},
     ):  # fmt: skip
         check_sampling(configured(**values), noise_schedule(configured(**values)))
         objective_of(**values)

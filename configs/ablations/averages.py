@@ -2,7 +2,8 @@
 
     python main.py --config=configs/ablations/averages.py:power
 
-`half_life` is of as many images as are behind half of the constant's average.
+`half_life` is of as many images as are behind half of the constant's average. Of `power`, averages
+of other widths are made afterwards: --mode=sample --config.sampling.ema_relative_std=0.07.
 """
 
 from typing import Any
@@ -16,7 +17,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "constant": {"training.ema": "constant"},
     "warm_up": {"training.ema": "warm_up"},
     "half_life": {"training.ema": "half_life", "training.ema_images": 22_000},
-    "power": {"training.ema": "power", "training.ema_relative_stds": (0.1, 0.05)},
+    "power": {
+        "training.ema": "power",
+        "training.ema_relative_stds": (0.1, 0.05),
+        "training.ema_snapshot_every": 200,
+    },
 }
 
 

@@ -4,7 +4,8 @@
 
 `whole` and `learned` are Eq. 5, the second with a learned reverse variance; `important` draws its t
 by the losses; `continuous` is the limit as T grows, `even` the same with t evenly spread in a
-batch, `log_snr` that with the noise told by its log-SNR, and `learned_schedule` learns that too.
+batch. `learned_schedule` begins as `linear_log_snr` does and learns the rest: the ends by the
+bound, the shape by the variance of its estimate.
 """
 
 from typing import Any
@@ -21,21 +22,15 @@ _CONTINUOUS = {
     "sampling.variance": "fixed_small",
 }
 _EVEN = _CONTINUOUS | {"training.times": "low_discrepancy"}
-# From where a cosine schedule of 1000 steps begins to where little is left of the digits.
-_LOG_SNR = _EVEN | {
-    "model.noise_input": "log_snr",
-    "diffusion.schedule": "linear_log_snr",
-    "diffusion.log_snr_0": 10.0,
-    "diffusion.log_snr_1": -10.0,
-}
+_TOLD = _EVEN | {"model.noise_input": "log_snr"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "whole": _BOUND | {"diffusion.variance": "fixed_small", "sampling.variance": "fixed_small"},
     "learned": _BOUND | {"diffusion.variance": "learned_range"},
     "important": _BOUND | {"diffusion.variance": "learned_range", "training.times": "importance"},
     "continuous": _CONTINUOUS,
     "even": _EVEN,
-    "log_snr": _LOG_SNR,
-    "learned_schedule": _LOG_SNR | {"diffusion.schedule": "learned"},
+    "linear_log_snr": _TOLD | {"diffusion.schedule": "linear_log_snr"},
+    "learned_schedule": _TOLD | {"diffusion.schedule": "learned"},
 }
 
 

@@ -172,18 +172,24 @@ def init_learned(
 
 
 def learned(parameters: MonotoneLogSNR) -> ContinuousSchedule:
-    """The schedule of these parameters, which gradients flow into; it falls whatever they are."""
-    height, sharpness = (jax.nn.softplus(x) for x in (parameters.height, parameters.sharpness))
+    """The schedule of these parameters, which gradients flow into.
 
-    def rise(t: jax.Array) -> jax.Array:
-        units = jax.nn.sigmoid(sharpness * (t[..., None] - parameters.place))
-        return t + (height * units).sum(axis=-1)
+    It falls whatever the shape is, as long as log_snr_0 > log_snr_1: the ends are not held apart.
+    """
+    traced = any(isinstance(x, jax.core.Tracer) for x in parameters)
 
-    def log_snr(t: Any) -> jax.Array:
-        t = jnp.asarray(t, jnp.float32)
-        start, end = rise(jnp.zeros(())), rise(jnp.ones(()))
-        part = (rise(t) - start) / (end - start)
-        return parameters.log_snr_0 + (parameters.log_snr_1 - parameters.log_snr_0) * part
+    def log_snr(t: Any) -> Any:
+        xp = jnp if traced else _numpy_of(t)
+        p = MonotoneLogSNR(*(xp.asarray(x, float) for x in parameters))
+        height, half = (xp.logaddexp(x, 0.0) / 2 for x in (p.height, p.sharpness))
+
+        def rise(t: Any) -> Any:
+            """From 0 at t = 0, unit by unit: those that do not change in 0..1 cost no digits."""
+            units = xp.tanh(half * (t[..., None] - p.place)) + xp.tanh(half * p.place)
+            return t + (height * units).sum(axis=-1)
+
+        part = rise(xp.asarray(t, float)) / rise(xp.ones(()))
+        return p.log_snr_0 * (1 - part) + p.log_snr_1 * part
 
     return ContinuousSchedule(log_snr)
 

@@ -192,6 +192,7 @@ def noise_settings(scheduler: Mapping[str, Any], path: object) -> NoiseSettings:
         allowed = ", ".join((*_SCHEDULES, "sigmoid"))
         raise InputError(f"{path}: beta_schedule = {name!r}: must be one of {allowed}")
     diffusion |= {"prediction": "eps", "variance": "fixed_large", "zero_terminal_snr": False}
+    diffusion["reference_resolution"] = 0
     variance = scheduler.get("variance_type", "fixed_small")
     if variance not in _VARIANCES:
         allowed = ", ".join(_VARIANCES)
@@ -238,8 +239,9 @@ def to_scheduler_config(config: ConfigDict, schedule: NoiseSchedule) -> dict[str
     """
     d = config.diffusion
     names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
-    betas = None if d.schedule in names else list(d.betas)
-    if betas == []:
+    shifted = bool(d.reference_resolution)
+    betas = None if d.schedule in names and not shifted else list(d.betas)
+    if betas == [] or shifted:
         betas = np.asarray(schedule.beta[1:], np.float64).tolist()
     return {
         "_class_name": "DDPMScheduler",

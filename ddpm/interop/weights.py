@@ -65,6 +65,11 @@ def load(where: str | Path, config: ConfigDict | None = None) -> Imported:
     dropout) and config.diffusion. Raises InputError for whatever cannot be read or represented.
     """
     config = default() if config is None else config
+    if config.diffusion.schedule == "learned":
+        raise InputError(
+            "config.diffusion.schedule = 'learned': the weights of others come without a schedule "
+            f"that was learned, and are not trained for one: {where} needs another"
+        )
     found = _find(where, config)
     if found.unet is None:
         settings.check_network(config)

@@ -22,7 +22,7 @@ from ddpm.files import write_whole
 from ddpm.interop import weights
 from ddpm.sampling.generate import Generator
 from ddpm.training import sharding, snapshots
-from ddpm.training.checkpoints import Checkpoints, saved_meta
+from ddpm.training.checkpoints import Checkpoints, digest, saved_meta
 from ddpm.training.logbook import say
 
 
@@ -85,8 +85,13 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
     `workdir`; InputError without one, or of another experiment."""
     if jax.process_count() > 1:
         raise InputError(f"--mode={mode} runs in a single process: leave out --distributed")
-    mesh = sharding.data_mesh()
+    mesh, std = sharding.data_mesh(), config.sampling.ema_relative_std
     if init_from:
+        if std:
+            raise InputError(
+                f"config.sampling.ema_relative_std = {std}: is made of a run's own averages, and "
+                "--init_from names weights of others: leave it at 0"
+            )
         found = weights.load(init_from, config)
         built = experiment.build(found.config, found.image_shape)
         params = jax.device_put(found.params, sharding.replicated(mesh))
@@ -115,16 +120,15 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
     items, meta = restored
     step, params = meta["step"], items[chosen]
     origin = f"step {step}, weights {'averaged (EMA)' if config.sampling.ema else 'not averaged'}"
-    digest = hashlib.sha256(repr(meta["digests"][chosen]).encode()).hexdigest()[:8]
-    tag, std = f"step_{step:08}", config.sampling.ema_relative_std
+    tag, digests = f"step_{step:08}", meta["digests"][chosen]
     if std:
-        average = snapshots.reconstruct(workdir / "averages", step, std)
+        average = snapshots.reconstruct(workdir / "averages", step, std, params)
         step, tag = average.step, f"step_{average.step:08}_std{std:.9g}"
-        if jax.tree.map(np.shape, average.params) != jax.tree.map(np.shape, params):
-            raise InputError(f"{workdir / 'averages'}: of another network than the checkpoint")
         params = jax.device_put(average.params, sharding.replicated(mesh))
+        digests = digest(params)
         origin = f"step {step}, averaged with width {std:g}, of {average.snapshots} snapshots"
-    run = Run(built.with_schedule(params), params, mesh, step, origin, tag, digest)
+    short = hashlib.sha256(repr(digests).encode()).hexdigest()[:8]
+    run = Run(built.with_schedule(params), params, mesh, step, origin, tag, short)
     return with_variance(run, workdir)
 
 

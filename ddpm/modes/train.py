@@ -135,6 +135,8 @@ def _train(
         return images, sharding.to_devices(mesh, part.label)
 
     step = int(state.step)
+    if jax.process_index() == 0:
+        snapshots.cut(workdir / "averages", step)
     logbook = Logbook(workdir, step=step, steps=training.steps)
     shape = "x".join(map(str, source.image_shape))
     begun = "from the start" if given is None else f"from weights {given.sha256[:8]}"

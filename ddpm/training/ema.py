@@ -94,6 +94,17 @@ def reconstruction(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
     return np.linalg.lstsq(gram / np.outer(scale, scale), right, rcond=1e-13)[0] / scale
 
 
+def misfit(snapshots: Sequence[Profile], wanted: Profile, factors: np.ndarray) -> float:
+    """How far the sum of the snapshots' profiles by these factors is from the wanted one.
+
+    The norm of the difference over time by that of the wanted: 0, it is that; 1, no better than 0.
+    """
+    gram = np.array([[_inner(a, b) for b in snapshots] for a in snapshots])
+    across = np.array([_inner(a, wanted) for a in snapshots])
+    square = 1 + (factors @ gram @ factors - 2 * factors @ across) / _inner(wanted, wanted)
+    return float(np.sqrt(max(square, 0.0)))
+
+
 def reconstruct(
     averages: Iterable[Any], snapshots: Sequence[Profile], time: float, relative_std: float
 ) -> Any:

@@ -228,7 +228,7 @@ def make_train_step(
         losses: jax.Array,
         t: jax.Array,
     ) -> Metrics:
-        t = jnp.ceil(t).astype(jnp.int32)  # of the step that a fractional time is in
+        t = jnp.maximum(jnp.ceil(t), 1).astype(jnp.int32)  # the step a fractional time is in
         bucket = (t - 1) * NUM_BUCKETS // schedule.num_steps
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         return Metrics(

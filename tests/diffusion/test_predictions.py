@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ddpm import Prediction, clipped, denoiser, predictions, q_sample, schedules, weights
+from ddpm.diffusion import continuous
 from tests.exact import NAMES, close, gaussian_denoiser, pair
 
 # Compiled or not; short chains only compiled, for the tests' own speed.
@@ -239,3 +240,50 @@ def test_preconditioning_needs_some_signal_at_the_end():
     wrong = predictions.preconditioned(schedules.linear(10), lambda x, c: x[:, :1])
     with pytest.raises(ValueError, match="shapes must be equal"):
         wrong(jnp.ones((2, 3)), jnp.array([1, 2]))
+
+
+def told_by_log_snr(log_snr):
+    """Ways to have it: continuous, of a table between its times, of a batch as it is learned."""
+    found = {
+        "linear": continuous.linear(15.0, -12.0),
+        "cosine": continuous.cosine(),
+        "table": schedules.linear(1000),
+        "levels": continuous.Levels(jnp.float32(log_snr), jnp.zeros_like(log_snr)),
+    }
+    for name, schedule in found.items():
+        t = jnp.zeros_like(log_snr) if name == "levels" else schedule.time_of(log_snr)
+        yield schedule, t
+
+
+@pytest.mark.parametrize("name", [*list(READINGS)[:4], "preconditioned"])  # of a single time
+def test_told_by_log_snr_a_network_says_the_same_of_any_schedule(name):
+    """At one log-SNR, whatever the time there: the whole denoiser, by each reading of it."""
+    log_snr = np.float32([8.0, 3.5, 0.0, -2.0, -9.0])
+    x_t = np.float32(np.random.default_rng(6).normal(size=(5, 4)))
+    seen, said = [], []
+
+    def network(x, told):
+        seen.append(told)
+        return jnp.tanh(x * jnp.cos(told / 50)[:, None])
+
+    for schedule, t in told_by_log_snr(log_snr):
+        if name == "preconditioned":
+            denoise = predictions.preconditioned(schedule, network)
+        else:
+            by = predictions.by_log_snr(schedule, network)
+            denoise = denoiser(schedule, by, READINGS[name])
+        said.append(denoise(x_t, t))
+    expected = -log_snr / 8 if name == "preconditioned" else 25 * (20 - log_snr)
+    alpha, sigma = 1 / np.sqrt(1 + np.exp(-log_snr)), 1 / np.sqrt(1 + np.exp(log_snr))
+    for told, found in zip(seen, said, strict=True):
+        close(told, expected, rtol=1e-5, atol=1e-2)
+        # Divided by alpha or sigma, which amplifies the rounding of the time.
+        slack = {"rtol": 2e-3, "atol": 2e-3}
+        close(found.x_0 * alpha[:, None], said[0].x_0 * alpha[:, None], **slack)
+        close(found.eps * sigma[:, None], said[0].eps * sigma[:, None], **slack)
+
+
+def test_log_snr_is_told_in_0_to_1000_and_not_beyond():
+    log_snr = jnp.array([np.inf, 25.0, 20.0, 10.0, -20.0, -21.0, -np.inf])
+    told = predictions.by_log_snr(continuous.Levels(log_snr, log_snr), lambda x_t, t: t)
+    assert (told(jnp.zeros(7), jnp.zeros(7)) == jnp.array([0, 0, 0, 250, 1000, 1000, 1000])).all()

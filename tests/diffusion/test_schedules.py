@@ -304,3 +304,31 @@ def test_zero_terminal_snr(name):
 def test_zero_terminal_snr_of_a_single_step_is_refused():
     with pytest.raises(ValueError, match="one step"):
         schedules.zero_terminal_snr(schedules.linear(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("resolution", "reference"), [(256, 64), (8, 32), (3, 7)])
+def test_shifted_by_the_resolution(name, resolution, reference):
+    """Log-SNR by 2 log(reference/resolution) at every time, to the 48 bits that a table keeps."""
+    schedule, exact = pair(name, 20)
+    shifted = schedules.shifted(schedule, resolution, reference=reference)
+    before, after = (np.float64(x.log_snr) + np.float64(x.log_snr_low) for x in (schedule, shifted))
+    there = np.isfinite(before)
+    close(after[there] - before[there], 2 * np.log(reference / resolution), rtol=1e-11)
+    assert (after[~there] == before[~there]).all()  # the data at 0; no signal at T, as before
+    assert shifted.log_snr[0] == np.inf
+    # By the definition: noise that averaging over the pixels brings back.
+    alpha, sigma = shifted.at(np.arange(1, 21)).alpha, shifted.at(np.arange(1, 21)).sigma
+    ratio = exact.sigma[1:] * resolution / reference
+    close(alpha * ratio, sigma * exact.alpha[1:], rtol=1e-4)
+    assert ((shifted.beta[1:] > 0) & (shifted.beta[1:] <= 1)).all()
+    assert shifted.ends_without_signal() == schedule.ends_without_signal()
+
+
+def test_shifted_from_the_same_resolution_is_the_same():
+    schedule = schedules.cosine(20)
+    for a, b in zip(schedule, schedules.shifted(schedule, 64), strict=True):
+        assert (a == b).all()
+    for wrong in ({"resolution": 0}, {"resolution": 8, "reference": 0}):
+        with pytest.raises(ValueError, match="must be >= 1"):
+            schedules.shifted(schedule, **wrong)
