@@ -148,7 +148,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
         values = [row.get(name, float("nan")) for row in rows]
         axes.plot(steps, values, color=(shade, 0.5, 1 - shade), lw=0.8, label=name[5:])
     axes.plot(steps, [row["loss"] for row in rows], color="black", lw=1.5, label="all t")
-    axes.set(xlabel="step", ylabel="L_simple (squared error of eps)", yscale="log")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
     figure.legend(title="t", fontsize="small", loc="outside right upper")
     axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=110)
