@@ -5,6 +5,8 @@ import signal
 import threading
 from pathlib import Path
 
+import pytest
+
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-tests" / "jax"
 # In the environment, before JAX is imported, so that the processes which tests start have it too.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
@@ -25,3 +27,12 @@ def pytest_configure(config):
     config.addinivalue_line(
         "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache"
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Those of one file are of no use to the next, and together would fill gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()

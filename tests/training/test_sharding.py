@@ -20,7 +20,7 @@ from ddpm.training.state import Metrics, adam, init, make_train_step
 
 mesh = sharding.data_mesh()
 everywhere = sharding.replicated(mesh)
-model = UNet(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,),
+model = UNet(channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=(),
              num_groups=4, dropout=0.1)
 schedule, optimizer = schedules.linear(100), adam(1e-3, grad_clip=1.0)
 state = jax.jit(lambda: init(model, optimizer, (8, 8, 1), 0), out_shardings=everywhere)()
