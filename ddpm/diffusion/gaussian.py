@@ -126,8 +126,7 @@ def fixed_large(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = 
     """
     t = jnp.asarray(t)
     s = t - 1 if s is None else jnp.asarray(s)
-    step = schedule.between(s, t)
-    large = step.t.log_sigma_squared + step.log_snr_loss
+    large = schedule.between(s, t).log_beta
     return jnp.where(s == 0, fixed_small(schedule, t, s=s), large)
 
 

@@ -51,8 +51,8 @@ of_score: Target = to_score
 
 def of_posterior_mean(schedule: Schedule, t: jax.Array, error: Prediction) -> jax.Array:
     """The error of the mean of q(x_{t-1} | x_t, x_0), which is that of x_0 times a coefficient."""
-    of_x_0, _ = posterior_coefficients(schedule.between(t - 1, t))
-    return lift(of_x_0, error.x_0) * error.x_0
+    share, _ = posterior_coefficients(schedule.between(t - 1, t))
+    return lift(share, error.x_0) * error.x_0
 
 
 def huber(delta: float = 1.0) -> Callable[[jax.Array], jax.Array]:

@@ -165,6 +165,11 @@ class Transition(NamedTuple):
         return self.t.sigma_squared * self.snr_loss
 
     @property
+    def log_beta(self) -> jax.Array:
+        """log beta_{t|s}, precise where that is small."""
+        return self.t.log_sigma_squared + self.log_snr_loss
+
+    @property
     def posterior_variance(self) -> jax.Array:
         """Variance of q(x_s | x_t, x_0), Eq. 7 for any s < t; 0 for s = 0."""
         return self.s.sigma_squared * self.snr_loss

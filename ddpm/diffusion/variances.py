@@ -46,9 +46,8 @@ def range_log_variance(
 
     Beta-tilde at s = 0 is that of `fixed_small`; beta_{t|0}, which is finite, is itself.
     """
-    step = schedule.between(s, t)
-    large = step.t.log_sigma_squared + step.log_snr_loss
-    large, small = lift(large, fraction), lift(fixed_small(schedule, t, s=s), fraction)
+    large = lift(schedule.between(s, t).log_beta, fraction)
+    small = lift(fixed_small(schedule, t, s=s), fraction)
     return fraction * large + (1 - fraction) * small
 
 
