@@ -161,13 +161,14 @@ def init_learned(
 ) -> MonotoneLogSNR:
     """To begin with: nearly linear between the ends. Raises ValueError unless it falls."""
     _falls(log_snr_0, log_snr_1)
-    places = (jnp.arange(num_units) + 0.5) / num_units
+    # Types are named: of a weak type, it would not be what comes out of a training step, and the
+    # second step would be compiled anew.
     return MonotoneLogSNR(
         jnp.float32(log_snr_0),
         jnp.float32(log_snr_1),
-        height=jnp.full(num_units, -3.0),
-        sharpness=jnp.full(num_units, float(num_units) / 4),
-        place=places,
+        height=jnp.full(num_units, -3.0, jnp.float32),
+        sharpness=jnp.full(num_units, num_units / 4, jnp.float32),
+        place=(jnp.arange(num_units, dtype=jnp.float32) + 0.5) / num_units,
     )
 
 

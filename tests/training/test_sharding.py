@@ -10,6 +10,8 @@ import pytest
 
 from ddpm.errors import InputError
 from ddpm.training import sharding
+from tests.runs import command
+from tests.runs import run as run_main
 
 SCRIPT = """
 import json, sys
@@ -55,6 +57,43 @@ def test_eight_devices_train_as_one_does():
     np.testing.assert_allclose(eight[1], one[1], rtol=1e-5)
     # Biases without a gradient (of attention keys) hold rounding errors, made large by Adam.
     np.testing.assert_allclose(eight[2], one[2], rtol=1e-3, atol=1e-5)
+
+
+OBJECTIVES = {
+    "learned schedule": {
+        "diffusion__schedule": "learned",
+        "diffusion__prediction": "v",
+        "model__noise_input": "log_snr",
+        "training__loss": "continuous_bound",
+        "training__times": "low_discrepancy",
+        "training__ema": "power",
+        "training__self_conditioning": True,
+    },
+    "important times": {
+        "diffusion__variance": "learned_range",
+        "diffusion__num_steps": 2,  # so that all losses that are remembered are there in time
+        "training__loss": "hybrid",
+        "training__times": "importance",
+        "model__num_classes": 10,
+        "training__label_dropout": 0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_devices_train_any_objective_as_one_does(name, tmp_path, monkeypatch):
+    losses = []
+    for devices in (1, 2):
+        monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(devices))
+        workdir = tmp_path / str(devices)
+        small = {"model__num_res_blocks": 1, "training__log_every": 1}
+        done = run_main(command(workdir, **OBJECTIVES[name], **small))
+        assert done.returncode == 0, done.stderr
+        assert f"{devices} x " in done.stdout + done.stderr
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+        losses.append([[line["loss"], line["grad_norm"]] for line in lines if "loss" in line])
+    assert len(losses[0]) == 8
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
 def test_batch_that_does_not_divide_is_refused_with_the_nearest(monkeypatch):
