@@ -25,7 +25,7 @@ from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.variances import ReverseVariance
 from ddpm.errors import InputError
 from ddpm.evaluation.classifier import log_probability
-from ddpm.objectives import FIXED, ema_rate, objective, other_ema_rates
+from ddpm.objectives import FIXED, ema_rate, objective, other_ema_rates, with_decoder
 from ddpm.sampling.generate import Generator
 from ddpm.sampling.guidance import classifier_free, classifier_guided, of_x_0
 from ddpm.sampling.samplers import Sampler
@@ -74,13 +74,13 @@ class Experiment(NamedTuple):
         """Of the reverse steps. InputError for 'analytic' before it was measured."""
         name = self.config.sampling.variance
         if name != "analytic":
-            return FIXED[name]
+            return with_decoder(self.config, FIXED[name])
         if self.moments is None:
             raise InputError(
                 "config.sampling.variance = 'analytic' is measured on a trained run: train with "
                 "another, and then sample with it"
             )
-        return analytic(self.moments)
+        return with_decoder(self.config, analytic(self.moments))
 
     def with_schedule(self, params: Any) -> "Experiment":
         """With the schedule that these weights have learned; itself, where none is learned."""

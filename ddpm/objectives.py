@@ -36,6 +36,8 @@ PREDICTIONS = {
     "posterior_mean": Predicted(predictions.from_posterior_mean, losses.of_posterior_mean),
 }
 FIXED: dict[str, ReverseVariance] = {"fixed_large": fixed_large, "fixed_small": fixed_small}
+# Their first level is one of many, as close together as the others: `variances.wide_decoder`.
+CLOSE_LEVELS = ("linear_log_snr", "edm", "learned")
 LEARNED: dict[str, LearnedVariance] = {
     "learned": variances.learned_diagonal,
     "learned_range": variances.learned_range,
@@ -114,6 +116,12 @@ def variance_name(config: ConfigDict) -> str:
     return config.diffusion.variance if learned else config.sampling.variance
 
 
+def with_decoder(config: ConfigDict, variance: ReverseVariance) -> ReverseVariance:
+    """`variance`, with that of the decoder in L_0 as the schedule needs it."""
+    close = config.diffusion.schedule in CLOSE_LEVELS
+    return variances.wide_decoder(variance) if close else variance
+
+
 # A schedule is a table, or the levels of one batch where it is learned.
 
 
@@ -153,7 +161,8 @@ def _draw(config: ConfigDict, schedule: Any) -> Draw:
 def _loss(config: ConfigDict, schedule: Any) -> Loss:
     d, t = config.diffusion, config.training
     if t.loss == "bound":
-        variance = FIXED.get(d.variance, fixed_large)  # of no say where it is learned
+        fixed = FIXED.get(d.variance, fixed_large)  # of no say where it is learned
+        variance = with_decoder(config, fixed)
         return functools.partial(losses.bound, schedule, variance=variance)
     if t.loss == "continuous_bound":
         return functools.partial(losses.continuous_bound, schedule)

@@ -147,6 +147,24 @@ def test_bounds_and_hybrid():
         )
 
 
+def test_decoder_of_schedules_with_close_levels():
+    """Of continuous ones it is wide, in the bound that is trained as in that of the samples."""
+    options = {"diffusion__schedule": "linear_log_snr"}
+    first = jnp.ones((), int)
+    for name, fixed in objectives.FIXED.items():
+        built = build(configured(**options, sampling__variance=name), (16, 16, 3))
+        found = built.variance(built.schedule, first)
+        np.testing.assert_allclose(found, -built.config.diffusion.log_snr_0, rtol=1e-6)
+        found, expected = (f(built.schedule, first + 1) for f in (built.variance, fixed))
+        np.testing.assert_allclose(found, expected)
+    wide = variances.wide_decoder(fixed_small)
+    exact = denoiser(built.schedule, single)
+    expected = losses.bound(built.schedule, exact, X_0, TIMES, EPS, variance=wide)
+    options |= {"training__loss": "bound", "diffusion__variance": "fixed_small"}
+    np.testing.assert_allclose(loss_of(single, **options), expected, rtol=1e-5)
+    assert build(configured(), (16, 16, 3)).variance is objectives.FIXED["fixed_large"]
+
+
 def test_preconditioned_network_is_trained_by_its_own_error():
     found = loss_of(single, diffusion__prediction="edm", diffusion__schedule="edm")
     schedule = noise_schedule(configured(diffusion__schedule="edm"))

@@ -6,6 +6,8 @@ A network that learns it has twice the data's channels; what the second half mea
     learned_range      a place between the two fixed ones (Nichol & Dhariwal 2021, Eq. 15), of any
                        step, so that a chain may have fewer
 
+`wide_decoder` is a fixed one for schedules whose levels are close from the first on.
+
 Whoever needs the variance of a step asks `reverse_log_variance`.
 """
 
@@ -25,6 +27,22 @@ class ReverseVariance(Protocol):
     def __call__(
         self, schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = None
     ) -> jax.Array: ...
+
+
+def wide_decoder(variance: ReverseVariance) -> ReverseVariance:
+    """`variance`, but sigma_t^2/alpha_t^2 at s = 0: how far x_t alone leaves x_0 open.
+
+    That of VDM's decoder (Kingma et al. 2021), for a schedule with many levels close to the first
+    (`continuous.table`): beta-tilde_2, which the fixed ones have there, is by the distance of the
+    next level, and so near 0 whatever the noise of the first.
+    """
+
+    def wide(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = None) -> jax.Array:
+        t = jnp.asarray(t)
+        s = t - 1 if s is None else jnp.asarray(s)
+        return jnp.where(s == 0, -schedule.at(t).high, variance(schedule, t, s=s))
+
+    return wide
 
 
 def learned_diagonal(prediction: Prediction, raw: jax.Array) -> Prediction:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy import integrate, special, stats
 
-from ddpm import Prediction, likelihood, q_sample, schedules
+from ddpm import Prediction, fixed_small, likelihood, q_sample, schedules
 from ddpm.diffusion import continuous
 from ddpm.diffusion.losses import ends_of_bound
+from ddpm.diffusion.variances import wide_decoder
 from tests.exact import close
 
 LN2 = np.log(2)
@@ -62,7 +63,7 @@ def test_decoder_is_that_of_the_likelihood(log_snr):
         t = jnp.ones(4, int)
         x_t = q_sample(table, x_0, t, eps)
         mean = x_t / table.at(1).alpha
-        variance = lambda schedule, t, s: -schedule.at(t).high  # noqa: E731
+        variance = wide_decoder(fixed_small)
         return likelihood.decoder_nll(table, x_0, x_t, t, Prediction(mean, eps), variance=variance)
 
     expected = decoder(x_0, eps)

@@ -5,8 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm import Prediction, ancestral, clipped, denoiser, fixed_small, predictions, sample
-from ddpm.diffusion import variances
+from ddpm import (
+    Prediction,
+    ancestral,
+    clipped,
+    denoiser,
+    fixed_large,
+    fixed_small,
+    predictions,
+    sample,
+)
+from ddpm.diffusion import continuous, variances
 from ddpm.diffusion.variances import learned_diagonal, learned_range, reverse_log_variance
 from tests.exact import NAMES, close, gaussian_denoiser, pair
 
@@ -31,6 +40,20 @@ def test_range_at_the_first_step():
     found = variances.range_log_variance(schedule, fraction, jnp.array([1]), jnp.array([0]))
     small, large = exact.log_small(1, 2), np.log(exact.beta[1])
     close(found, [[small, (small + large) / 2, large]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("fixed", [fixed_small, fixed_large])
+def test_wide_decoder_depends_on_the_first_level_alone(fixed):
+    """However close the next one is; the steps before the last are as they were."""
+    wide = variances.wide_decoder(fixed)
+    for num_steps in (4, 4000):
+        schedule = continuous.table(continuous.linear(9.0, -5.0), num_steps)
+        t = np.arange(1, num_steps + 1)
+        found = np.asarray(wide(schedule, t))
+        close(found[0], -9.0)
+        close(found[1:], np.asarray(fixed(schedule, t))[1:])
+        close(wide(schedule, t, s=np.zeros_like(t)), -schedule.log_snr[1:], rtol=1e-5, atol=1e-5)
+    assert fixed(schedule, t)[0] < -14  # where beta-tilde_2 is next to nothing
 
 
 def test_network_of_twice_the_channels():
