@@ -187,7 +187,9 @@ def main(argv: Sequence[str]) -> None:
     from ddpm.modes.sample import sample
     from ddpm.modes.sweep import entries, overrides_of, sweep
     from ddpm.modes.train import NOT_FINITE, NotFinite, train
+    from ddpm.training.stopping import heed_ctrl_c
 
+    heed_ctrl_c()
     if _DISTRIBUTED.value:
         join(_DISTRIBUTED.value)
     config_flag: Any = flags.FLAGS["config"]

@@ -72,7 +72,7 @@ def test_told_to_stop_saves_and_the_same_command_goes_on(uninterrupted, tmp_path
     metrics = tmp_path / "metrics.jsonl"
     runs.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     last = said.splitlines()[-1]
     assert last.startswith(f"{signal.Signals(number).name}: saved at step ")
@@ -94,7 +94,7 @@ def test_told_to_stop_while_drawing_the_samples(uninterrupted, tmp_path):
     runs.wait_for(lambda: (tmp_path / "checkpoints" / "8").exists())
     time.sleep(3)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert said.splitlines()[-1].startswith("SIGTERM: saved at step 8 of 8")
     assert not (tmp_path / "samples").exists()
@@ -124,7 +124,7 @@ def test_ctrl_c_with_nothing_to_save_is_one_line(uninterrupted, tmp_path, mode):
         )
         runs.wait_for(lambda: list((uninterrupted[0] / "samples").glob(".*.partial")))
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert said.splitlines()[-1] == "error: stopped"
@@ -139,7 +139,7 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path):
     assert other.returncode == 2
     assert "another process is training in" in other.stderr
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
 
 

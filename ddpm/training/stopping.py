@@ -1,9 +1,33 @@
 """Being told to stop: SIGTERM and Ctrl-C end training after the step under way."""
 
+import _thread
 import signal
+import sys
+import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 import jax
+
+_AGAIN_S = 0.1
+
+
+def heed_ctrl_c() -> None:
+    """Raises KeyboardInterrupt again where it came in code whose exceptions Python ignores.
+
+    That code is finalizers and the collector's callbacks, of which JAX has one at every
+    collection: Ctrl-C at such a moment would be printed, and lost.
+    """
+    before = sys.unraisablehook
+
+    def hook(ignored: Any) -> None:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            # Later: raised here, it would be ignored as well.
+            threading.Timer(_AGAIN_S, _thread.interrupt_main).start()
+        else:
+            before(ignored)
+
+    sys.unraisablehook = hook
 
 
 class StopSignal:
