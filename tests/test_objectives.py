@@ -147,6 +147,14 @@ def test_bounds_and_hybrid():
         )
 
 
+def test_schedules_of_close_levels_are_those_whose_second_level_is_near_the_first():
+    for name in sorted(set(CHOICES["diffusion.schedule"]) - {"betas"}):
+        schedule = noise_schedule(configured(diffusion__schedule=name, diffusion__num_steps=1000))
+        first, second = np.asarray(schedule.at(jnp.array([1, 2])).high, np.float64)
+        near = -np.expm1(second - first) < 0.45  # beta-tilde_2 in parts of sigma_1^2/alpha_1^2
+        assert near == (name in objectives.CLOSE_LEVELS), name
+
+
 def test_decoder_of_schedules_with_close_levels():
     """Of continuous ones it is wide, in the bound that is trained as in that of the samples."""
     options = {"diffusion__schedule": "linear_log_snr"}
