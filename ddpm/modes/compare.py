@@ -208,6 +208,8 @@ def _write(
 
 
 def _plot(rows: list[Row], floor: float | None) -> str:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, (left, right) = report.axes(10, 4.2, columns=2)
     for name in dict.fromkeys(row.name for row in rows):
         of = [row for row in rows if row.name == name]
@@ -218,6 +220,10 @@ def _plot(rows: list[Row], floor: float | None) -> str:
     right.set(xlabel="seconds an image", ylabel="Fréchet distance")
     for axes in (left, right):
         axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
         if floor is not None and floor > 0:
             axes.axhline(floor, color="0.5", ls="--", lw=1)
