@@ -2,7 +2,7 @@
 
 Karras et al. (2022), Appendix F.2, after Karras et al. (2020): each geometric change is made with a
 small probability, and its parameters are features of the network; with features of zero, none,
-it makes images as the data are.
+it makes images as the data are. Warped bilinearly, where theirs is filtered against aliases.
 """
 
 import jax
@@ -19,7 +19,7 @@ SHIFT = 1 / 8  # of the image's side
 def augment(key: jax.Array, x_0: jax.Array, probability: float) -> tuple[jax.Array, jax.Array]:
     """x_0 [B, H, W, C] warped, and the features [B, NUM_FEATURES] of `draw` that tell how.
 
-    Each of the six changes is made with this probability, in the order of `draw`.
+    The six changes are made in the order of `draw`.
     """
     features = draw(key, len(x_0), probability)
     return warp(x_0, matrices(features, (x_0.shape[1], x_0.shape[2]))), features
@@ -28,17 +28,22 @@ def augment(key: jax.Array, x_0: jax.Array, probability: float) -> tuple[jax.Arr
 def draw(key: jax.Array, n: int, probability: float) -> jax.Array:
     """float32[n, NUM_FEATURES], zeros for what is not changed.
 
-    x-flip, y-flip, scale, rotation, anisotropic scale, translation. (Karras et al. flip by a coin
-    once more, and x always.)
+    As in the authors' code: x-flip by a coin, whatever the probability above 0; by the probability,
+    y-flip if a coin says so, scale, rotation, anisotropic scale, along x or, by a coin, in any
+    direction, and translation.
     """
-    of_which, of_sizes, of_angles = jax.random.split(key, 3)
-    made = jax.random.bernoulli(of_which, probability, (n, 6)).astype(jnp.float32)
+    of_which, of_sizes, of_angles, of_coins = jax.random.split(key, 4)
+    made = jax.random.bernoulli(of_which, probability, (n, 5)).astype(jnp.float32)
     size = jax.random.normal(of_sizes, (n, 4))
     turn, direction = jax.random.uniform(of_angles, (2, n), minval=-jnp.pi, maxval=jnp.pi)
-    flips, scale, rotation, stretch, shift = made[:, :2], *made[:, 2:, None].swapaxes(0, 1)
+    coins = jax.random.bernoulli(of_coins, 0.5, (n, 3)).astype(jnp.float32)
+    x_flip = coins[:, :1] * (probability > 0)
+    y_flip, scale, rotation, stretch, shift = made.T[:, :, None]
+    direction = coins[:, 2] * direction
     return jnp.concatenate(
         [
-            flips,
+            x_flip,
+            y_flip * coins[:, 1:2],
             scale * size[:, :1],
             rotation * jnp.stack([jnp.cos(turn) - 1, jnp.sin(turn)], axis=1),
             stretch * size[:, 1:2] * jnp.stack([jnp.cos(direction), jnp.sin(direction)], axis=1),

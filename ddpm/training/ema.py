@@ -18,6 +18,15 @@ import numpy as np
 Rate = Callable[[jax.Array], jax.typing.ArrayLike]
 
 
+def update(average: Any, params: Any, rate: jax.typing.ArrayLike) -> Any:
+    """The average, a tree as the params, after one more step; see the module.
+
+    By the difference: in rate params + (1 - rate) ema, as optax.incremental_update has it, 1 - rate
+    is rounded, and the average shrinks (by 2e-4 in 20,000 steps at a decay of 0.99999).
+    """
+    return jax.tree.map(lambda a, p: a + rate * (p - a), average, params)
+
+
 def constant(decay: float) -> Rate:
     """1 - decay at every step. Raises ValueError unless 0 <= decay < 1."""
     _check_decay(decay)

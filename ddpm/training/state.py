@@ -208,7 +208,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params, *others = (
-            optax.incremental_update(params, average, rate(step + 1))
+            ema.update(average, params, rate(step + 1))
             for average, rate in zip(
                 (state.ema_params, *state.other_ema_params), rates, strict=True
             )

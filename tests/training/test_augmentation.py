@@ -97,7 +97,8 @@ def test_changes_are_drawn_as_karras_et_al_do():
     n, p = 20_000, 0.3
     f = np.asarray(jax.jit(augmentation.draw, static_argnums=(1, 2))(jax.random.key(0), n, p))
     made = np.stack([f[:, 0], f[:, 1], f[:, 2], f[:, 4], f[:, 5], f[:, 7]]) != 0
-    assert np.abs(made.mean(axis=1) - p).max() < 4 * np.sqrt(p * (1 - p) / n)
+    often = np.array([0.5, p / 2, p, p, p, p])
+    assert (np.abs(made.mean(axis=1) - often) < 4 * np.sqrt(often * (1 - often) / n)).all()
     assert np.abs(np.corrcoef(made) - np.eye(6)).max() < 4 / np.sqrt(n)
     assert (np.isin(f[:, :2], (0, 1))).all()
     for column in (2, 7, 8):
@@ -109,6 +110,11 @@ def test_changes_are_drawn_as_karras_et_al_do():
     assert stats.kstest(angles, stats.uniform.cdf).pvalue > 1e-3
     size = np.hypot(f[made[4], 5], f[made[4], 6])
     assert stats.kstest(size, stats.halfnorm.cdf).pvalue > 1e-3
+    turned = f[made[4], 6] != 0
+    assert abs(turned.mean() - 0.5) < 4 * 0.5 / np.sqrt(turned.size)
+    # Modulo a half turn, for the size has a sign.
+    angles = np.arctan(f[made[4], 6] / f[made[4], 5])[turned] / np.pi + 0.5
+    assert stats.kstest(angles, stats.uniform.cdf).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("probability", [0.12])

@@ -16,7 +16,7 @@ def average(rate, values, steps=None):
 
     def update(mean, step_and_value):
         step, value = step_and_value
-        mean = mean + rate(step) * (value - mean)
+        mean = ema.update(mean, value, rate(step))
         return mean, mean
 
     steps = jnp.arange(1, len(values))
@@ -27,6 +27,16 @@ def average(rate, values, steps=None):
 def walk():
     steps = np.random.default_rng(0).normal(size=(STEPS + 1, 3))
     return jnp.asarray(np.cumsum(steps, axis=0), jnp.float32)
+
+
+def test_long_averages_do_not_shrink():
+    """In float64 the same average of weights that jitter about 1, decay 0.99999."""
+    noise = np.float32(1 + 0.01 * np.random.default_rng(0).normal(size=(20_001, 16)))
+    found = average(ema.constant(0.99999), jnp.asarray(noise))[-1]
+    expected = np.float64(noise[0])
+    for value in noise[1:]:
+        expected += 1e-5 * (value - expected)
+    assert abs(np.mean(found / expected) - 1) < 1e-6
 
 
 def test_constant_weighs_each_step_by_the_decay_to_its_age(walk):

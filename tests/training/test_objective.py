@@ -70,7 +70,7 @@ def test_default_is_algorithm_1_bit_for_bit():
         loss, grads = jax.value_and_grad(loss_fn)(state.params, x_0, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = optax.incremental_update(params, state.ema_params, 1 - 0.9)
+        average = ema.update(state.ema_params, params, 1 - 0.9)
         return state._replace(
             step=state.step + 1, params=params, ema_params=average, opt_state=opt_state
         ), loss
