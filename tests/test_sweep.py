@@ -103,6 +103,12 @@ def test_entries(monkeypatch):
             ["--config.sampling.steps=10"],
             "mean_bound_learned: config.sampling.steps = 10",
         ),
+        (
+            [TABLE_2],
+            ["--config.evaluation.parts=('bound','flow')"],
+            "mean_bound_learned: config.diffusion.prediction = 'posterior_mean' is of whole times",
+        ),
+        (["configs/digits.py", "configs/cifar10.py"], [], "config.evaluation.inception_path"),
     ],
 )
 def test_entries_that_are_wrong(monkeypatch, names, overrides, said):
@@ -110,6 +116,14 @@ def test_entries_that_are_wrong(monkeypatch, names, overrides, said):
     with pytest.raises(InputError) as error:
         sweep.entries(names, overrides)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/ablations").glob("*.py")), ids=lambda path: path.stem
+)
+def test_every_ablation_can_be_trained_and_evaluated_as_it_is(monkeypatch, path):
+    monkeypatch.chdir(ROOT)
+    assert sweep.entries([str(path.relative_to(ROOT))], [])
 
 
 def test_overrides_of():

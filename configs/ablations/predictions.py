@@ -4,6 +4,7 @@
 
 Read by the same weight, the squared error of eps, they differ in what the network has to do alone.
 `edm` is preconditioned; `v_of_its_own` and `x_0_of_its_own` weigh their own errors alike.
+`posterior_mean` is of whole times, so that its evaluation has no flow.
 """
 
 from typing import Any
@@ -11,15 +12,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import digits
-from ddpm.config import variant
+from ddpm.config import PARTS, variant
 
 _SAME = {"training.loss_weight": "simple"}
+_NO_FLOW = {"evaluation.parts": tuple(part for part in PARTS if part != "flow")}
 VARIANTS: dict[str, dict[str, Any]] = {
     "eps": _SAME,
     "x_0": _SAME | {"diffusion.prediction": "x_0"},
     "v": _SAME | {"diffusion.prediction": "v"},
     "score": _SAME | {"diffusion.prediction": "score"},
-    "posterior_mean": _SAME | {"diffusion.prediction": "posterior_mean"},
+    "posterior_mean": _SAME | _NO_FLOW | {"diffusion.prediction": "posterior_mean"},
     "edm": _SAME | {"diffusion.prediction": "edm"},
     "x_0_of_its_own": {"diffusion.prediction": "x_0"},
     "v_of_its_own": {"diffusion.prediction": "v"},

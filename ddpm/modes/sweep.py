@@ -24,6 +24,7 @@ from ddpm.errors import InputError
 from ddpm.evaluation import report
 from ddpm.experiment import noise_schedule
 from ddpm.files import write_whole
+from ddpm.modes.measures.job import check_parts
 from ddpm.modes.train import NOT_FINITE
 from ddpm.objectives import check_objective
 from ddpm.reverse_process import check_sampling
@@ -248,6 +249,7 @@ def _config(arguments: list[str]) -> ConfigDict:
         schedule = noise_schedule(config)
         check_objective(config, schedule)
         check_sampling(config, schedule)
+        check_parts(config, schedule, config.evaluation.parts)
     except InputError as error:
         raise InputError(f"{arguments[0]}: {error}") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:

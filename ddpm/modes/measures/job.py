@@ -1,7 +1,7 @@
 """What an evaluation is of, checked before anything is computed."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ddpm.data import sources
 from ddpm.data.pipeline import evaluation_batches
 from ddpm.data.sources import Source
+from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.evaluation import features
 from ddpm.evaluation.classifier import SHIPPED
@@ -60,6 +61,7 @@ def prepare(
 ) -> Job:
     """The job; whatever can be wrong with it is, before anything is computed."""
     e = run.built.config.evaluation
+    check_parts(run.built.config, run.built.schedule, parts)
     extractor, given = None, None
     if "distances" in parts or "neighbours" in parts:
         extractor = make_extractor(run.built.config, run.built.image_shape, run.mesh)
@@ -75,25 +77,6 @@ def prepare(
                     f"{e.samples}: {len(given)} images, config.evaluation.num_samples asks for "
                     f"{e.num_samples}"
                 )
-    config = run.built.config
-    never = config.model.num_classes and config.training.label_dropout == 0
-    if never and {"bound", "flow"} & set(parts):
-        raise InputError(
-            "the bound and the flow of a model with labels are those without label, which it never "
-            "learned (config.training.label_dropout = 0): leave 'bound' and 'flow' out of "
-            "config.evaluation.parts"
-        )
-    prediction = config.diffusion.prediction
-    if "flow" in parts and prediction == "posterior_mean":
-        raise InputError(
-            "config.diffusion.prediction = 'posterior_mean' is of whole times, and the flow's are "
-            "not: leave 'flow' out of config.evaluation.parts"
-        )
-    if "flow" in parts and run.built.schedule.ends_without_signal():
-        raise InputError(
-            "the schedule leaves no signal at t = T, so its flow has no end in log-SNR: leave "
-            "'flow' out of config.evaluation.parts"
-        )
 
     @functools.cache
     def samples(seed: int) -> np.ndarray:
@@ -104,23 +87,52 @@ def prepare(
     return Job(run, workdir, train, held_out, extractor, samples)
 
 
+def check_parts(config: ConfigDict, schedule: NoiseSchedule, parts: Collection[str]) -> None:
+    """InputError, with the reason, for parts of the evaluation that the model does not have."""
+    if "distances" in parts or "neighbours" in parts:
+        _features(config)
+    never = config.model.num_classes and config.training.label_dropout == 0
+    if never and {"bound", "flow"} & set(parts):
+        raise InputError(
+            "the bound and the flow of a model with labels are those without label, which it never "
+            "learned (config.training.label_dropout = 0): leave 'bound' and 'flow' out of "
+            "config.evaluation.parts"
+        )
+    if "flow" in parts and config.diffusion.prediction == "posterior_mean":
+        raise InputError(
+            "config.diffusion.prediction = 'posterior_mean' is of whole times, and the flow's are "
+            "not: leave 'flow' out of config.evaluation.parts"
+        )
+    if "flow" in parts and schedule.ends_without_signal():
+        raise InputError(
+            "the schedule leaves no signal at t = T, so its flow has no end in log-SNR: leave "
+            "'flow' out of config.evaluation.parts"
+        )
+
+
 def make_extractor(
     config: ConfigDict, image_shape: tuple[int, int, int], mesh: Mesh
 ) -> features.Extractor:
-    """Of the features that the config asks for: by the data those of a classifier, or Inception."""
-    e, data = config.evaluation, config.data
-    name = e.features or (data.name if data.name in SHIPPED else "inception")
-    if name != "inception":
-        network = features.of_classifier(name, image_shape)
-    elif e.inception_path:
+    """Of the features that the config asks for."""
+    e, name = config.evaluation, _features(config)
+    if name == "inception":
         network = features.of_inception(e.inception_path, e.inception_resize)
     else:
+        network = features.of_classifier(name, image_shape)
+    return features.Extractor(network, mesh, batch_size=e.batch_size)
+
+
+def _features(config: ConfigDict) -> str:
+    """Their name: by the data those of a classifier, or Inception. InputError without its file."""
+    e, data = config.evaluation, config.data
+    name = e.features or (data.name if data.name in SHIPPED else "inception")
+    if name == "inception" and not e.inception_path:
         raise InputError(
             f"the features of {data.name!r} are those of Inception: name the file of its weights "
             f"in config.evaluation.inception_path ({WHERE}), or leave 'distances' and 'neighbours' "
             "out of config.evaluation.parts"
         )
-    return features.Extractor(network, mesh, batch_size=e.batch_size)
+    return name
 
 
 def _drawn(run: Run, folder: Path, num_samples: int, seed: int) -> np.ndarray:
