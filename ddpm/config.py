@@ -53,6 +53,7 @@ def default() -> ConfigDict:
     config.model.skip_scale = 1.0  # of residual sums; 0.7071: NCSN++'s, DDPM++'s
     config.model.time_features = "sinusoids"  # or "fourier": random ones, as NCSN++
     config.model.input_features = ()  # n of sin and cos(2^n pi x) beside x; VDM's: (7, 8)
+    config.model.add_input = False  # x is added to the output: VDM's
     # Of "dit", to which of the above channels, dropout, dtype, norm_epsilon, head_channels,
     # num_classes and what is of time and input apply.
     config.model.patch_size = 2
@@ -69,7 +70,7 @@ def default() -> ConfigDict:
     config.diffusion.reference_resolution = 0  # shifted as from images this large; 0: not
     config.diffusion.zero_terminal_snr = False  # the schedule rescaled to end without signal
     config.diffusion.prediction = "eps"  # what the network puts out; "edm": preconditioned
-    config.diffusion.sigma_data = 0.5  # the data's standard deviation, of EDM
+    config.diffusion.sigma_data = 0.5  # the data's standard deviation about 0, of EDM
     # Of the reverse steps, in the bound that is trained. A learned one doubles the channels.
     config.diffusion.variance = "fixed_large"
 
@@ -78,6 +79,8 @@ def default() -> ConfigDict:
     config.training.batch_size = 128  # over all devices together
     config.training.learning_rate = 2e-4
     config.training.warmup_steps = 5000
+    config.training.adam_b2 = 0.999
+    config.training.weight_decay = 0.0  # AdamW's, in units of the learning rate
     config.training.grad_clip = 1.0  # norm of the whole gradient; 0: not clipped
     config.training.loss = "mse"  # of what the network predicts: L_simple
     config.training.loss_weight = "none"  # of the squared error, by log-SNR; "none": 1 on that

@@ -212,7 +212,13 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
     t, model = config.training, networks.network(config, image_shape)
     if config.sampling.classifier_scale:
         classifier(config, image_shape)
-    optimizer = adam(t.learning_rate, warmup_steps=t.warmup_steps, grad_clip=t.grad_clip)
+    optimizer = adam(
+        t.learning_rate,
+        warmup_steps=t.warmup_steps,
+        grad_clip=t.grad_clip,
+        b2=t.adam_b2,
+        weight_decay=t.weight_decay,
+    )
     schedule = noise_schedule(config, image_shape)
     aim, rates = objective(config, schedule), (ema_rate(config), other_ema_rates(config))
     built = Experiment(config, schedule, model, optimizer, image_shape, aim, *rates)

@@ -93,5 +93,6 @@ def _common(config: ConfigDict, image_shape: tuple[int, int, int]) -> dict[str, 
         "num_classes": m.num_classes,
         "fourier_range": range_of_t if m.time_features == "fourier" else 0.0,
         "input_exponents": tuple(m.input_features),
+        "add_input": m.add_input,
         **conditioning.network_inputs(config, image_shape[-1]),
     }

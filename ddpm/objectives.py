@@ -105,6 +105,17 @@ def ema_rate(config: ConfigDict) -> ema.Rate:
     return EMAS[config.training.ema](config.training)
 
 
+def weight_at_end(config: ConfigDict, schedule: NoiseSchedule) -> float:
+    """Of the output's squared error at t = T, in units of that of its own loss.
+
+    1/SNR, or more, for a weight that does not vanish with the signal, on an output that does not
+    tell x_0 by then: nothing refuses it, but nearly all of the loss may be there.
+    """
+    noise = config.diffusion.prediction in ("eps", "score", "posterior_mean")
+    stays = config.training.loss_weight in ("x_0", "v", "truncated_snr", "edm")
+    return float(jnp.exp(-schedule.log_snr[-1])) if noise and stays else 1.0
+
+
 def channels_out(config: ConfigDict, channels: int) -> int:
     """Of the network: twice the data's where it learns the variance."""
     return channels * (2 if config.diffusion.variance in LEARNED else 1)

@@ -293,6 +293,8 @@ _RULES: dict[str, tuple[Any, str]] = {
     "training.batch_size": _whole(1),
     "training.learning_rate": _POSITIVE,
     "training.warmup_steps": _whole(0),
+    "training.adam_b2": _FRACTION,
+    "training.weight_decay": (lambda v: 0 <= v < float("inf"), "a number >= 0"),
     "training.grad_clip": (lambda v: 0 <= v < float("inf"), "a number >= 0"),
     "training.min_snr_gamma": _POSITIVE,
     "training.sigmoid_bias": (lambda v: abs(v) < float("inf"), "a finite number"),

@@ -172,6 +172,12 @@ def test_other_images_in_the_same_run_folder(tmp_path):
     assert "30 images, before 20" in done.stderr
 
 
+def test_weight_of_nearly_all_the_loss_is_told(tmp_path):
+    done = runs.run(runs.command(tmp_path, training__steps=1, training__loss_weight="x_0"))
+    assert done.returncode == 0, done.stderr
+    assert "'x_0' counts an error of 'eps' 2e+05 times at t = T, nearly all of" in done.stderr
+
+
 def test_compiled_programs_are_kept_and_told_of_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")

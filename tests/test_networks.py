@@ -50,6 +50,7 @@ def model_of(shape=SHAPE, **values):
         ),
         ({"diffusion__prediction": "edm"}, {"fourier_range": 0.0}),
         ({"model__input_features": (7, 8)}, {"input_exponents": (7, 8)}),
+        ({"model__add_input": True}, {"add_input": True}),
         ({"model__head_channels": 8}, {"head_channels": 8}),
         ({"model__cosines_first": True}, {"cosines_first": True}),
         ({"model__frequency_shift": 0}, {"frequency_shift": 0}),
@@ -222,6 +223,7 @@ def test_a_wrong_value_is_named(changes, said):
         ("skip_scale", 0.5),
         ("time_features", "fourier"),
         ("input_features", (7, 8)),
+        ("add_input", True),
         ("noise_input", "log_snr"),
     ],
 )

@@ -147,6 +147,27 @@ def test_bounds_and_hybrid():
         )
 
 
+def test_weight_at_end():
+    """Of what a weight makes of eps at t = T: 1/SNR if it does not vanish with the signal."""
+    for name in CHOICES["training.loss_weight"]:
+        options = {"training__loss_weight": name}
+        found = [
+            objectives.weight_at_end(
+                configured(**options, diffusion__prediction=prediction), SCHEDULE
+            )
+            for prediction in ("eps", "score", "posterior_mean", "x_0", "v", "edm")
+        ]
+        if name in ("none", "sigmoid", "likelihood"):
+            assert found == [1.0] * 6
+            continue
+        weight = {"min_snr": weights.min_snr(), "p2": weights.p2(), "edm": weights.edm()}.get(
+            name, getattr(weights, name)
+        )
+        exact = weights.on_eps(weight, SCHEDULE.log_snr[-1])
+        np.testing.assert_allclose(found[:3], max(1.0, exact), rtol=5 if name == "edm" else 1e-3)
+        assert found[3:] == [1.0] * 3
+
+
 def test_schedules_of_close_levels_are_those_whose_second_level_is_near_the_first():
     for name in sorted(set(CHOICES["diffusion.schedule"]) - {"betas"}):
         schedule = noise_schedule(configured(diffusion__schedule=name, diffusion__num_steps=1000))

@@ -22,7 +22,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "v": _SAME | {"diffusion.prediction": "v"},
     "score": _SAME | {"diffusion.prediction": "score"},
     "posterior_mean": _SAME | _NO_FLOW | {"diffusion.prediction": "posterior_mean"},
-    "edm": _SAME | {"diffusion.prediction": "edm"},
+    # 0.85: the digits' standard deviation about 0.
+    "edm": _SAME | {"diffusion.prediction": "edm", "diffusion.sigma_data": 0.85},
     "x_0_of_its_own": {"diffusion.prediction": "x_0"},
     "v_of_its_own": {"diffusion.prediction": "v"},
 }

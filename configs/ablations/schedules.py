@@ -2,9 +2,9 @@
 
     python main.py --config=configs/ablations/schedules.py:sigmoid
 
-`zero_terminal` is the linear one rescaled to end without signal, for which v is predicted (the flow,
-which would have no end, is left out of its evaluation); `linear_v` is that without. `cosine_shifted`
-adds, as for 8x8 images from 32x32, 2 log 4 to the log-SNR. A learned one: bounds.py.
+`zero_terminal` is the linear one rescaled to end without signal, for which v is predicted (and the
+flow, which would have no end, not evaluated); `linear_v` is that without. `cosine_shifted` adds, as
+for 8x8 images from 32x32, 2 log 4 to the log-SNR. A learned one: bounds.py.
 """
 
 from typing import Any

@@ -3,6 +3,7 @@
     python main.py --config=configs/ablations/weights.py:min_snr
 
 `likelihood` and `sigmoid` are integrals over log-SNR; `l1` and `huber` are of v itself.
+`likelihood` is the bound but for a factor and, as that in bounds.py, not clipped.
 """
 
 from typing import Any
@@ -26,7 +27,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "edm",
         "likelihood",
     )
-} | {name: _V | {"training.loss": name} for name in ("l1", "huber")}
+}
+VARIANTS["edm"]["diffusion.sigma_data"] = 0.85  # of the digits, about 0
+VARIANTS["likelihood"]["training.grad_clip"] = 1000.0
+VARIANTS |= {name: _V | {"training.loss": name} for name in ("l1", "huber")}
 
 
 def get_config(name: str = "") -> ConfigDict:

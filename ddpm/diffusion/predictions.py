@@ -84,7 +84,7 @@ def preconditioned(schedule: Schedule, network: Network, *, sigma_data: float = 
 
     x_0 = c_skip x + c_out F with x = x_t/alpha_t, which is the data plus noise of standard
     deviation sigma = sigma_t/alpha_t; c_noise = log(sigma)/4 takes the place of the network's t.
-    sigma_data is the data's standard deviation. Raises ValueError with no signal at t = T.
+    sigma_data is the data's standard deviation about 0. Raises ValueError with no signal at t = T.
     """
     if schedule.ends_without_signal():
         raise ValueError(

@@ -52,6 +52,7 @@ _PLAIN: dict[str, Any] = {
     "skip_scale": 1.0,
     "time_features": "sinusoids",
     "input_features": (),
+    "add_input": False,
     "noise_input": "t",
 }
 # Of no consequence: of the schedule, and of a training script's moving average.

@@ -18,6 +18,7 @@ from ddpm.models.layers import (
     dense,
     embed,
     fourier_embedding,
+    plus_input,
     time_embedding,
 )
 
@@ -104,6 +105,7 @@ class DiT(nn.Module):
     num_features: int = 0
     fourier_range: float = 0.0
     input_exponents: Sequence[int] = ()
+    add_input: bool = False
 
     @nn.compact
     def __call__(
@@ -164,11 +166,12 @@ class DiT(nn.Module):
 
         told = zero_dense(2 * self.channels, "modulation_out", dtype=self.dtype)
         shift, scale = jnp.split(told(nn.swish(embedding)), 2, axis=-1)
-        h = modulated(h, shift, scale, self.norm_epsilon)
+        h = modulated(h.astype(jnp.float32), shift, scale, self.norm_epsilon)
         channels = self.out_channels or image_channels
-        h = zero_dense(size * size * channels, "out", dtype=self.dtype)(h)
+        h = zero_dense(size * size * channels, "out", dtype=jnp.float32)(h)
         h = h.reshape(batch, rows, columns, size, size, channels).swapaxes(2, 3)
-        return h.reshape(batch, height, width, channels).astype(jnp.float32)
+        h = h.reshape(batch, height, width, channels)
+        return plus_input(h, x) if self.add_input else h
 
     def _patches(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of them, after checking that the network can be built."""

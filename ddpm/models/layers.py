@@ -52,6 +52,12 @@ def convolution(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **h
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **how)
 
 
+def plus_input(out: jax.Array, x: jax.Array) -> jax.Array:
+    """x added to the first channels of the output, which are those in the place of x."""
+    channels = x.shape[-1]
+    return jnp.concatenate([out[..., :channels] + x, out[..., channels:]], axis=-1)
+
+
 def dense(features: int, name: str, *, dtype: DTypeLike, scale: float = 1.0) -> nn.Dense:
     """A linear layer over the last axis; on [B, H, W, C] it is a 1x1 convolution."""
     return nn.Dense(features, kernel_init=initializer(scale), dtype=dtype, name=name)

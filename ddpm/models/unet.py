@@ -20,6 +20,7 @@ from ddpm.models.layers import (
     dense,
     embed,
     fourier_embedding,
+    plus_input,
     time_embedding,
 )
 
@@ -116,7 +117,7 @@ class UNet(nn.Module):
       num_groups: of every GroupNorm.
       out_channels: those of the input, if None.
       dtype: of the computation, float32 or bfloat16. Parameters, the statistics of norms, the
-        softmax and the output are float32 either way.
+        softmax and the last convolution are float32 either way.
       norm_epsilon: of every GroupNorm.
       head_channels: of each head of attention; 0: one head of all channels.
       symmetric_downsampling: whether halving pads one pixel on all sides, not at the bottom and
@@ -134,6 +135,7 @@ class UNet(nn.Module):
       fourier_range: what t is divided by for random Fourier features in the place of sinusoids;
         0: sinusoids.
       input_exponents: n of the waves sin(2^n pi x) and cos(2^n pi x) that are seen beside x.
+      add_input: whether x is added to the output (Kingma et al. 2021).
     """
 
     channels: int = 128
@@ -157,6 +159,7 @@ class UNet(nn.Module):
     resample_in_blocks: bool = False
     fourier_range: float = 0.0
     input_exponents: Sequence[int] = ()
+    add_input: bool = False
 
     @nn.compact
     def __call__(
@@ -276,10 +279,12 @@ class UNet(nn.Module):
             if level != levels[0]:
                 h = up(h, f"upsample_{level}")
 
+        # In float32: the output's rounding would be noise in x_0 (in mean prediction, most of it).
+        h = h.astype(jnp.float32)
         h = nn.swish(GroupNorm(self.num_groups, self.norm_epsilon, name="norm_out")(h))
         channels = self.out_channels or x.shape[-1]
-        h = conv3x3(channels, "conv_out", dtype=self.dtype, scale=ZERO_SCALE)(h)
-        return h.astype(jnp.float32)
+        h = conv3x3(channels, "conv_out", dtype=jnp.float32, scale=ZERO_SCALE)(h)
+        return plus_input(h, x) if self.add_input else h
 
     def _resolutions(self, height: int, width: int) -> list[int]:
         """The shorter side at each level, after checking that the network can be built."""

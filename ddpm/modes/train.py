@@ -21,6 +21,7 @@ from ddpm.errors import InputError
 from ddpm.files import write_whole
 from ddpm.interop import weights
 from ddpm.modes.inputs import with_small_images
+from ddpm.objectives import weight_at_end
 from ddpm.sampling import pictures
 from ddpm.sampling.generate import Generator
 from ddpm.training import sharding, snapshots
@@ -31,6 +32,7 @@ from ddpm.training.stopping import StopSignal
 from ddpm.validation import check_steering
 
 NOT_FINITE = 3  # main.py's exit code for it
+MUCH_WEIGHT = 1000.0  # of an error at t = T, of which one is told
 MUCH_SIGNAL = 0.05  # alpha_bar_T of which one is told; 4e-5 in the paper, and that of VDM 0.0067
 
 
@@ -151,6 +153,14 @@ def _train(
         logbook.say(
             f"alpha_bar_T = {left:.2g}: x_T still shows the data, and samples begin without; see "
             "config.diffusion (the betas of 'linear' are for T = 1000)"
+        )
+
+    weight = weight_at_end(config, built.schedule)
+    if weight > MUCH_WEIGHT:
+        logbook.say(
+            f"config.training.loss_weight = {training.loss_weight!r} counts an error of "
+            f"{config.diffusion.prediction!r} {weight:.0e} times at t = T, nearly all of the loss: "
+            "such a weight is for the predictions x_0, v and edm"
         )
 
     @functools.cache

@@ -70,10 +70,17 @@ TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def adam(
-    learning_rate: float, *, warmup_steps: int = 0, grad_clip: float = 0.0
+    learning_rate: float,
+    *,
+    warmup_steps: int = 0,
+    grad_clip: float = 0.0,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Adam (0.9, 0.999, 1e-8), linear warm-up from 0, the gradient clipped to a global norm.
+    """Adam (0.9, b2, 1e-8), linear warm-up from 0, the gradient clipped to a global norm.
 
+    With `weight_decay`, AdamW: every step takes this part, times the learning rate, off the
+    network's weights (a learned schedule is left alone).
     (The authors clip each replica's gradient and then average; with one replica it is the same.)
     """
     # A schedule also without warm-up: the state is of one shape, whatever is changed on the way.
@@ -83,7 +90,13 @@ def adam(
         else optax.constant_schedule(learning_rate)
     )
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
-    return optax.chain(clip, optax.adam(rate))
+    if not weight_decay:
+        return optax.chain(clip, optax.adam(rate, b2=b2))
+
+    def network(params: dict[str, Any]) -> dict[str, bool]:
+        return {name: name != LEARNED_SCHEDULE for name in params}
+
+    return optax.chain(clip, optax.adamw(rate, b2=b2, weight_decay=weight_decay, mask=network))
 
 
 def init(

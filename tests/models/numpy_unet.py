@@ -139,7 +139,10 @@ def forward(model, p, x, t, dropped=False, label=None, condition=None, features=
             else:
                 h = conv(how, repeated(h))
     assert not stack
-    return conv(p["conv_out"], swish(norm(p["norm_out"], h, model.num_groups)))
+    out = conv(p["conv_out"], swish(norm(p["norm_out"], h, model.num_groups)))
+    if model.add_input:
+        out[..., : x.shape[-1]] += x
+    return out
 
 
 def cheap_key(seed):

@@ -97,6 +97,8 @@ def forward_one(model, p, x, t, label=None, condition=None, features=None, dropp
     for (row, column), token in zip(corners, tokens, strict=True):
         found = linear(p["out"], normal(token) * (1 + scale) + shift)
         out[row : row + side, column : column + side] = found.reshape(side, side, channels)
+    if model.add_input:
+        out[..., : x.shape[2]] += x
     return out
 
 
@@ -126,6 +128,7 @@ TINY = {
             num_features=2,
             fourier_range=1000.0,
             input_exponents=(0, 3),
+            add_input=True,
             dropout=0.5,
         ),
         (4, 6, 2),
@@ -225,7 +228,9 @@ def test_the_network_begins_at_zero_and_each_block_as_the_identity():
     model, _, arguments, told, _ = network("all")
     out, params = jax.jit(lambda: model.init_with_output(cheap_key(0), *arguments, **told))()
     assert out.shape == (3, 4, 6, 5)
-    assert (out == 0).all()
+    x = arguments[0]
+    assert (out[..., :2] == x).all()  # which is added
+    assert (out[..., 2:] == 0).all()
     params = params["params"]
     for path, p in jax.tree_util.tree_flatten_with_path(params)[0]:
         *above, layer, kind = (key.key for key in path)
@@ -294,7 +299,8 @@ def test_bfloat16_is_near_float32():
     error = jnp.sqrt(jnp.mean(jnp.square(found - exact)) / jnp.mean(jnp.square(exact)))
     assert 1e-4 < error < 0.05
     used = dtypes_used(lambda p: model.apply({"params": p}, *arguments, **told), params)
-    assert used["dot_general"] == used["tanh"] == {"bfloat16"}
+    assert used["dot_general"] == {"bfloat16", "float32"}  # the last layer
+    assert used["tanh"] == {"bfloat16"}
     # Norms, the softmax, and the waves of time and input.
     for operation in ("rsqrt", "reduce_sum", "reduce_max", "sin", "cos"):
         assert used[operation] == {"float32"}, operation

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from ddpm import schedules
+from ddpm.training.objective import LEARNED_SCHEDULE
 from ddpm.training.state import NUM_BUCKETS, Metrics, adam, init, make_train_step
 
 IMAGE = (4, 4, 1)
@@ -94,6 +95,22 @@ def test_gradient_is_clipped_to_its_global_norm():
         _, state = optimizer.update(grads, optimizer.init(grads), grads)
         momentum = optax.tree.get(state, "mu")
         np.testing.assert_allclose(momentum["b"], 0.1 * 4 * factor, rtol=1e-5)
+
+
+def test_b2_and_decay_are_those_of_adamw():
+    """By hand, two steps; a learned schedule beside the network does not decay."""
+    optimizer = adam(0.1, b2=0.9, weight_decay=0.5)
+    params = {"c": jnp.array([2.0]), LEARNED_SCHEDULE: {"start": jnp.array([2.0])}}
+    state, c, free, m, v = optimizer.init(params), 2.0, 2.0, 0.0, 0.0
+    for k, g in enumerate((1.0, -3.0), 1):
+        grads = jax.tree.map(lambda p, g=g: jnp.full_like(p, g), params)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        m, v = 0.9 * m + 0.1 * g, 0.9 * v + 0.1 * g * g
+        move = m / (1 - 0.9**k) / ((v / (1 - 0.9**k)) ** 0.5 + 1e-8)
+        c, free = c - 0.1 * (move + 0.5 * c), free - 0.1 * move
+    np.testing.assert_allclose(params["c"], [c], rtol=1e-5)
+    np.testing.assert_allclose(params[LEARNED_SCHEDULE]["start"], [free], rtol=1e-5)
 
 
 def test_metrics_sum_the_loss_by_parts_of_the_times():
