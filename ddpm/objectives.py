@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from ddpm.config import flatten
 from ddpm.diffusion import continuous, losses, predictions, timesteps, variances, weights
-from ddpm.diffusion.gaussian import fixed_large, fixed_small
+from ddpm.diffusion.gaussian import fixed_large, fixed_small, lift
 from ddpm.diffusion.losses import Criterion, Target
-from ddpm.diffusion.predictions import Denoiser, LearnedVariance, Network, Reading
+from ddpm.diffusion.predictions import Denoiser, LearnedVariance, Network, Prediction, Reading
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.variances import ReverseVariance
 from ddpm.errors import InputError
@@ -106,14 +106,20 @@ def ema_rate(config: ConfigDict) -> ema.Rate:
 
 
 def weight_at_end(config: ConfigDict, schedule: NoiseSchedule) -> float:
-    """Of the output's squared error at t = T, in units of that of its own loss.
+    """How much an error of the output counts at t = T, in units of the median over 1..T.
 
-    1/SNR, or more, for a weight that does not vanish with the signal, on an output that does not
-    tell x_0 by then: nothing refuses it, but nearly all of the loss may be there.
+    Where the signal vanishes and the weight does not, eps tells x_0 by so little that nearly all of
+    the loss is there. Nothing refuses that.
     """
-    noise = config.diffusion.prediction in ("eps", "score", "posterior_mean")
-    stays = config.training.loss_weight in ("x_0", "v", "truncated_snr", "edm")
-    return float(jnp.exp(-schedule.log_snr[-1])) if noise and stays else 1.0
+    prediction, name = config.diffusion.prediction, config.training.loss_weight
+    if name == "none" or prediction == "edm":  # 1 on its own error; made for any weight
+        return 1.0
+    t = jnp.arange(1, schedule.num_steps + 1)
+    level, of_x_0 = schedule.at(t), jnp.ones((schedule.num_steps, 1))
+    error = Prediction(of_x_0, -lift(level.alpha / level.sigma, of_x_0))
+    own = losses.distance(PREDICTIONS[prediction].target)(schedule, t, error)
+    ratio = WEIGHTS[name](config)(schedule, t, error) / own
+    return float(ratio[-1] / jnp.median(ratio))
 
 
 def channels_out(config: ConfigDict, channels: int) -> int:

@@ -19,6 +19,7 @@ from ddpm import (
 )
 from ddpm.config import default
 from ddpm.experiment import build, noise_schedule
+from ddpm.modes.train import MUCH_WEIGHT
 from ddpm.networks import check_model
 from ddpm.validation import CHOICES
 
@@ -147,25 +148,19 @@ def test_bounds_and_hybrid():
         )
 
 
-def test_weight_at_end():
-    """Of what a weight makes of eps at t = T: 1/SNR if it does not vanish with the signal."""
-    for name in CHOICES["training.loss_weight"]:
-        options = {"training__loss_weight": name}
-        found = [
-            objectives.weight_at_end(
-                configured(**options, diffusion__prediction=prediction), SCHEDULE
-            )
-            for prediction in ("eps", "score", "posterior_mean", "x_0", "v", "edm")
-        ]
-        if name in ("none", "sigmoid", "likelihood"):
-            assert found == [1.0] * 6
-            continue
-        weight = {"min_snr": weights.min_snr(), "p2": weights.p2(), "edm": weights.edm()}.get(
-            name, getattr(weights, name)
-        )
-        exact = weights.on_eps(weight, SCHEDULE.log_snr[-1])
-        np.testing.assert_allclose(found[:3], max(1.0, exact), rtol=5 if name == "edm" else 1e-3)
-        assert found[3:] == [1.0] * 3
+@pytest.mark.parametrize("name", ["simple", "x_0", "v", "min_snr", "truncated_snr", "p2", "edm"])
+def test_weight_at_end(name):
+    """What the weight is on each output at t = T beside the median; told of only if vast."""
+    made = {"min_snr": weights.min_snr(), "p2": weights.p2(), "edm": weights.edm()}
+    weight = made.get(name) or getattr(weights, name)
+    on_x_0 = lambda weight, log_snr: weight(log_snr)  # noqa: E731
+    for prediction, on in (("eps", weights.on_eps), ("x_0", on_x_0), ("v", weights.on_v)):
+        values = on(weight, SCHEDULE.log_snr[1:])
+        config = configured(diffusion__prediction=prediction, training__loss_weight=name)
+        found = objectives.weight_at_end(config, SCHEDULE)
+        np.testing.assert_allclose(found, values[-1] / np.median(values), rtol=1e-4)
+        vast = prediction == "eps" and name in ("x_0", "v", "truncated_snr", "edm")
+        assert (found > MUCH_WEIGHT) == vast
 
 
 def test_schedules_of_close_levels_are_those_whose_second_level_is_near_the_first():

@@ -32,7 +32,7 @@ from ddpm.training.stopping import StopSignal
 from ddpm.validation import check_steering
 
 NOT_FINITE = 3  # main.py's exit code for it
-MUCH_WEIGHT = 1000.0  # of an error at t = T, of which one is told
+MUCH_WEIGHT = 1e4  # of an error at t = T, in units of the median, of which one is told
 MUCH_SIGNAL = 0.05  # alpha_bar_T of which one is told; 4e-5 in the paper, and that of VDM 0.0067
 
 
@@ -159,8 +159,8 @@ def _train(
     if weight > MUCH_WEIGHT:
         logbook.say(
             f"config.training.loss_weight = {training.loss_weight!r} counts an error of "
-            f"{config.diffusion.prediction!r} {weight:.0e} times at t = T, nearly all of the loss: "
-            "such a weight is for the predictions x_0, v and edm"
+            f"{config.diffusion.prediction!r} at t = T as {weight:.0e} at the median t, nearly all "
+            "of the loss: such a weight is for the predictions x_0, v and edm"
         )
 
     @functools.cache
