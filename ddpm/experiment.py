@@ -53,6 +53,10 @@ SCHEDULES: dict[str, Callable[[Any], NoiseSchedule]] = {
     ),
     "betas": lambda d: schedules.from_betas(d.betas),
 }
+UNMEASURED = (
+    "config.sampling.variance = 'analytic' is measured on a trained run: train with another, and "
+    "then sample with it"
+)
 
 
 class Experiment(NamedTuple):
@@ -76,10 +80,7 @@ class Experiment(NamedTuple):
         if name != "analytic":
             return with_decoder(self.config, FIXED[name])
         if self.moments is None:
-            raise InputError(
-                "config.sampling.variance = 'analytic' is measured on a trained run: train with "
-                "another, and then sample with it"
-            )
+            raise InputError(UNMEASURED)
         return with_decoder(self.config, analytic(self.moments))
 
     def with_schedule(self, params: Any) -> "Experiment":

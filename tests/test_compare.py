@@ -58,18 +58,50 @@ def test_table_and_plot(trained):
 
 def test_sampling_by_the_kept_variance(trained):
     how = {"sampling__variance": "analytic", "sampling__analytic_images": 5}
-    moments = trained / "moments" / "step_00000008_n5.npz"
-    made = not moments.exists()
+    made = not list((trained / "moments").glob("*.npz"))
     found = run(command(trained, "--mode=sample", **how))
     assert found.returncode == 0, found.stderr
     assert ("measuring" in found.stderr) == made
+    (moments,) = (trained / "moments").glob("step_00000008_n5_*.npz")
     assert (trained / "samples" / "step_00000008_ancestral20_analytic_seed0_n5.npz").exists()
     moments.write_bytes(moments.read_bytes()[:50])
-    found = run(command(trained, "--mode=sample", **how))
+    # Another sampler has it too, for what is evaluated.
+    found = run(command(trained, "--mode=sample", **how, sampling__sampler="ddim"))
     assert found.returncode == 2
     assert f"{moments}: cannot be read" in found.stderr
     assert "Traceback" not in found.stderr
     moments.unlink()
+
+
+def test_a_sampler_that_diverges_is_a_row_without_figures(trained):
+    """Of noise that overflows; the others are measured."""
+    found = run(
+        command(
+            trained,
+            "--mode=compare",
+            comparison__samplers="('heun churn=9 churn_noise=1e30','ddim')",
+            comparison__steps="(2,)",
+            **FEW,
+        )
+    )
+    assert found.returncode == 0, found.stderr
+    assert "are not finite" in found.stderr
+    first, second = json.loads((trained / "comparison.json").read_text())["rows"]
+    assert first["frechet_distance"] is first["seconds"] is None
+    assert second["frechet_distance"] > 0
+
+
+def test_samplers_are_steered_as_the_model_can_be(trained):
+    found = run(
+        command(
+            trained,
+            "--mode=compare",
+            comparison__samplers="('ddim guidance_scale=2.0',)",
+            comparison__steps="(2,)",
+        )
+    )
+    assert found.returncode == 2
+    assert "'ddim guidance_scale=2.0': config.sampling.guidance_scale = 2.0: the" in found.stderr
 
 
 def test_a_variance_that_is_not_measured_yet_is_not_trained_with(tmp_path):
@@ -139,6 +171,7 @@ def test_entries():
         ("dpm_solver order=4", "must be 1, 2 or 3"),
         ("ddim steps=1001", "at most T = 1000"),
         ("ddim seed=3", "'seed' is no key"),
+        ("ddim ema_relative_std=0.1", "'ema_relative_std' is no key"),
     ],
 )
 def test_entries_that_are_wrong(sampler, said):

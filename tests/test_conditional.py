@@ -70,6 +70,15 @@ def test_one_class_for_all_and_a_negative_scale_avoids_it(workdir):
     assert (found == 0).mean() < 0.1
 
 
+def test_edits_are_guided_towards_a_class_or_not_at_all(workdir, tmp_path):
+    np.savez(tmp_path / "one.npz", images=np.zeros((1, 8, 8, 1), np.uint8))
+    given = ["--mode=edit", f"--input={tmp_path / 'one.npz'}"]
+    done = run(command(workdir, *given, **SMALL, sampling__guidance_scale=2.0))
+    assert done.returncode == 2
+    assert "say towards which class the pictures are edited" in done.stderr
+    assert not (workdir / "edits").exists()
+
+
 def test_bound_is_that_without_label(workdir):
     small = {"evaluation__parts": "('bound',)", "evaluation__bound_images": 20}
     done = ok(command(workdir, "--mode=evaluate", **(SMALL | small), evaluation__bound_times=2))

@@ -87,7 +87,10 @@ def test_everything_is_measured_and_written(workdir):
     # The name tells the weights too: a run begun anew in the folder is not judged by old samples.
     digests = saved_meta(workdir / "checkpoints")["digests"]["ema_params"]
     of_weights = hashlib.sha256(repr(digests).encode()).hexdigest()[:8]
-    name = f"step_00000008_ancestral20_fixed_large_seed0_n20_{of_weights}.npz"
+    config = found["config"]
+    about = json.dumps([of_weights, config["model"], config["diffusion"]])
+    of_all = hashlib.sha256(about.encode()).hexdigest()[:8]
+    name = f"step_00000008_ancestral20_fixed_large_seed0_n20_{of_all}.npz"
     with np.load(workdir / "samples" / name) as file:
         samples = file["images"].astype(float)
     of_all = np.sqrt(((samples[:12, None] - train[None]) ** 2).sum(axis=(2, 3, 4)))
@@ -123,6 +126,26 @@ def test_all_terms_of_all_images(workdir):
     assert found["bound"]["train"]["images"] == 1438
     assert "all T terms" in found["bound"]["train"]["how"]
     assert set(found) & {"flow", "distances"} == set()
+
+
+# Noise that overflows.
+DIVERGING = {"sampling__sampler": "heun", "sampling__churn": 9.0, "sampling__churn_noise": 1e30}
+
+
+def test_what_was_measured_is_written_where_a_part_fails(workdir):
+    done = evaluate(
+        workdir,
+        evaluation__parts="('bound','distances')",
+        evaluation__bound_times=2,
+        **DIVERGING,
+    )
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: distances: samples 0..3 are not finite")
+    found = json.loads((workdir / "evaluation.json").read_text())
+    assert found["bound"]["held out"]["images"] == 40
+    assert "distances" not in found
+    assert last == f"error: distances: {found['failed']['distances']}"
 
 
 def save(path, images):

@@ -109,6 +109,8 @@ def test_entries(monkeypatch):
             "mean_bound_learned: config.diffusion.prediction = 'posterior_mean' is of whole times",
         ),
         (["configs/digits.py", "configs/cifar10.py"], [], "config.evaluation.inception_path"),
+        ([TABLE_2], ["--config.sampling.guidance_scale=2.0"], "the model has no labels"),
+        ([TABLE_2], ["--config.sampling.variance=analytic"], "is measured on a trained run"),
     ],
 )
 def test_entries_that_are_wrong(monkeypatch, names, overrides, said):
@@ -157,10 +159,56 @@ def test_mean_and_spread(tmp_path, capsys):
         folder = tmp_path / f"digits_seed{seed}"
         folder.mkdir()
         split = {"total": {"bits_per_dim": value}}
-        found = {"config": to_json(config), "bound": {"held out": split, "train": split}}
+        found = {"config": to_json(config), "step": config.training.steps}
+        found["bound"] = {"held out": split, "train": split}
+        found["flow"] = {"uniform dequantisation": {"bits_per_dim": 2 * value}}
         (folder / "evaluation.json").write_text(json.dumps(found))
     sweep.sweep(rows, [0, 1, 2], tmp_path, tmp_path / "none.py")
-    assert f"4.000 ± {np.std(values, ddof=1):.3f}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"4.000 ± {np.std(values, ddof=1):.3f}" in out
+    assert "bits/dim of the flow" in out
+    assert f"8.000 ± {2 * np.std(values, ddof=1):.3f}" in out
+
+
+def stopped_at(step, config, folder, **changes):
+    """A run folder with a checkpoint of which nothing but the meta is there."""
+    saved = to_json(config) | {"seed": 0}
+    for key, value in changes.items():
+        saved["training"][key] = value
+    meta = {"config": saved, "image_shape": [8, 8, 1], "num_images": 1438, "step": step}
+    path = folder / "digits_seed0" / "checkpoints" / str(step) / "meta" / "metadata"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "said"),
+    [
+        (2400, {"learning_rate": 1.0}, "config.training.learning_rate = .*, before 1.0"),
+        (2401, {"steps": 5000}, "config.training.steps = 2400, and it is at step 2401"),
+        (100, {"loss": "l1"}, "with config.training.loss = 'l1'"),
+    ],
+)
+def test_weights_of_another_config_are_no_row(tmp_path, step, changes, said):
+    """Which a run alone would go on from, or be done with."""
+    rows = one_entry()
+    stopped_at(step, rows[0].config, tmp_path, **changes)
+    with pytest.raises(InputError, match=f"digits_seed0 holds a run .*{said}"):
+        sweep.sweep(rows, [1, 0], tmp_path, tmp_path / "none.py")
+    assert not (tmp_path / "digits_seed1").exists()  # before the first is trained
+
+
+@pytest.mark.parametrize("about", [{"step": 1200}, {"step": 2400, "failed": {"flow": "why"}}])
+def test_what_is_evaluated_half_is_not_finished(tmp_path, about):
+    """A look at the run on its way, or a part that failed: trained on, and evaluated again."""
+    rows = one_entry()
+    config = to_json(rows[0].config)
+    folder = tmp_path / "digits_seed0"
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(json.dumps({"config": config, "bound": {}} | about))
+    script = stand_in(tmp_path, "sys.exit(4)")
+    with pytest.raises(InputError, match="failed with code 4"):
+        sweep.sweep(rows, [0], tmp_path, script)
 
 
 def test_a_run_that_diverges_is_told(tmp_path, capsys):

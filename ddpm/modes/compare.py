@@ -20,7 +20,7 @@ from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import Run, draw, load_run, with_variance
 from ddpm.modes.measures.job import features_of_data, make_extractor
 from ddpm.training.logbook import say
-from ddpm.validation import validate
+from ddpm.validation import check_steering, validate
 
 HEADER = ("sampler", "steps", "calls", "Fréchet distance", "s/image")
 SHOWN = 16  # samples of each in the picture
@@ -62,7 +62,10 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     ]
     for entry, run in runs:
         try:
+            check_steering(run.built.config)
             reverse_process.check_sampling(run.built.config, run.built.schedule)
+            if run.built.config.sampling.classifier_scale:
+                experiment.classifier(run.built.config, built.image_shape)
         except InputError as error:
             raise InputError(f"{_where(entry.name)}: {error}") from error
     extractor = make_extractor(built.config, built.image_shape, first.mesh)
@@ -87,20 +90,28 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     for entry, run in runs:
         run = with_variance(run, workdir)
         generator = run.generator(c.num_samples)
-        clock: list[float] = []
+        clock: list[float] = []  # of each batch
         kept: list[np.ndarray] = []
 
         def timed(run: Run = run, clock: Any = clock, kept: Any = kept, of: Any = generator) -> Any:
+            began = time.perf_counter()
             for images in draw(run, of, c.num_samples, c.seed):
-                clock.append(time.perf_counter())
+                clock.append(time.perf_counter() - began)
                 kept.append(images[: max(0, SHOWN - sum(map(len, kept)))])
                 yield images
+                began = time.perf_counter()
 
-        vectors = features.of_samples(extractor, timed()).vectors
-        distance = distances.frechet_distance(data, distances.moments(comparison.blocks(vectors)))
-        # The first batch, which is compiled, is left out.
-        drawn = c.num_samples - generator.batch_size
-        seconds = (clock[-1] - clock[0]) / drawn if len(clock) > 1 else float("nan")
+        try:
+            vectors = features.of_samples(extractor, timed()).vectors
+        except InputError as error:  # samples that are not finite: what is found, of a sampler
+            say(f"{entry.name}: {error}")
+            distance = seconds = float("nan")
+            kept = [np.zeros((1, *built.image_shape), np.uint8)]
+        else:
+            moments = distances.moments(comparison.blocks(vectors))
+            distance = distances.frechet_distance(data, moments)
+            # The first batch, which is compiled, is left out; the last one is drawn whole.
+            seconds = float(np.mean(clock[1:])) / generator.batch_size if clock[1:] else np.nan
         rows.append(Row(entry.name, entry.steps, generator.evaluations, distance, seconds))
         shown.append(np.concatenate(kept))
         say("  ".join(map(str, shown_row(rows[-1]))))
@@ -110,7 +121,9 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
 def parse(config: ConfigDict) -> list[Entry]:
     """The entries of config.comparison, each checked; InputError names the one that is wrong."""
     c, entries = config.comparison, []
-    of_all = ("sampler", "ema", "num_samples", "batch_size", "seed")
+    # What is one for all of them: the weights, what is enlarged, and how many and which samples.
+    of_all = ("sampler", "ema", "ema_relative_std", "low_resolution_images", "num_samples",
+              "batch_size", "seed", "mp4")  # fmt: skip
     known = {k: v for k, v in flatten(config.sampling).items() if k not in of_all}
     for text in c.samplers:
         where = _where(text)
@@ -180,7 +193,7 @@ def _write(
         "num_samples": c.num_samples,
         "floor": floor,
         "rows": [
-            row._asdict() | {"seconds": None if np.isnan(row.seconds) else row.seconds}
+            {k: None if v != v else v for k, v in row._asdict().items()}  # JSON has no NaN
             for row in rows
         ],
         "config": to_json(config),

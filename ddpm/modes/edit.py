@@ -51,7 +51,8 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> 
             "where to paint, or config.editing.box = (top, left, height, width), one of the two"
         )
     if task == "reconstruct":  # it is DDIM that can be inverted
-        config, _ = with_settings(config, sampling={"sampler": "ddim", "eta": 0.0})
+        exact = {"sampler": "ddim", "eta": 0.0, "corrector_steps": 0}
+        config, _ = with_settings(config, sampling=exact)
     if config.model.low_resolution:
         raise InputError(
             f"config.model.low_resolution = {config.model.low_resolution}: this model enlarges, "
@@ -59,6 +60,12 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> 
         )
     read = pictures_at(given, "--input")
     run = load_run(config, workdir, "edit", init_from)
+    s = run.built.config.sampling
+    if s.guidance_scale != 1 and s.label < 0:
+        raise InputError(
+            f"config.sampling.guidance_scale = {s.guidance_scale}: say towards which class the "
+            "pictures are edited, with config.sampling.label"
+        )
     images = read(run.built.image_shape)
     edited = _TASKS[task](run, images)
     digest = hashlib.sha256(images.tobytes() + str(images.shape).encode()).hexdigest()[:8]

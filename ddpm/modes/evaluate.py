@@ -20,6 +20,7 @@ from ddpm.modes.measures import chains, fidelity, likelihoods
 from ddpm.modes.measures.job import prepare
 from ddpm.training.logbook import say
 
+FAILED = "failed"  # in evaluation.json: why, by the part
 HEADER = ("figure", "of", "value", "how")
 _MEASURES = {
     "bound": likelihoods.bound,
@@ -35,7 +36,7 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     weights of others that `init_from` names.
 
     Both files are written at the end, whole. Raises InputError for what the user can mend, most of
-    it before anything is computed.
+    it before anything is computed; where one part fails, once the others are written.
     """
     run = load_run(config, workdir, "evaluate", init_from)
     config = run.built.config
@@ -49,6 +50,7 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     wanted = [part for part in PARTS if part in config.evaluation.parts]
     job = prepare(run, workdir, train, held_out, wanted)
     found: dict[str, Any] = {}
+    failed: dict[str, str] = {}
     rows: list[tuple[str, ...]] = []
     sections: list[tuple[str, list[str]]] = []
     for part in wanted:
@@ -56,12 +58,17 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
         try:
             measured = _MEASURES[part](job)
         except ValueError as error:
-            raise InputError(f"{part}: {error}") from error
+            failed[part] = str(error)
+            say(f"{part}: {error}")
+            continue
         found[part] = measured.figures
         rows += measured.rows
         if measured.rows:
             measured.fragments.insert(0, report.table(HEADER, measured.rows))
         sections.append((measured.title, measured.fragments))
+    said = "; ".join(f"{part}: {why}" for part, why in failed.items())
+    if not found:
+        raise InputError(said)
 
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -74,6 +81,7 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
         "jax": jax.__version__,
         "config": to_json(config),
         **found,
+        **({FAILED: failed} if failed else {}),
     }
     text = json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n"
     page = report.page(f"Evaluation of {workdir.resolve().name}", about, sections)
@@ -84,6 +92,8 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
         print(report.plain_table(HEADER, rows))
     print(workdir / "evaluation.json")
     print(workdir / "report.html")
+    if failed:
+        raise InputError(said)
 
 
 def _without_nan(value: Any) -> Any:

@@ -18,6 +18,11 @@ def export(config: ConfigDict, workdir: Path, out: str, init_from: str = "") -> 
         raise InputError("--mode=export needs --out: a new folder, or a file .safetensors")
     target = Path(out).expanduser()
     weights.check_out(target)
+    if config.sampling.variance == "analytic":
+        raise InputError(
+            "config.sampling.variance = 'analytic': no file has a place for it: export with "
+            "'fixed_small' or 'fixed_large'"
+        )
     run = load_run(config, workdir, "export", init_from)
     weights.export(target, run.built, run.params)
     print(target)

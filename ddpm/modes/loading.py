@@ -1,6 +1,7 @@
 """A trained run from its folder, or weights of others, for the modes that use one."""
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ddpm import experiment, networks, reverse_process
+from ddpm.config import to_json
 from ddpm.data.pipeline import to_float
 from ddpm.diffusion.analytic import second_moments
 from ddpm.errors import InputError, first_line
@@ -54,6 +56,13 @@ class Run(NamedTuple):
         other = ("_raw" if raw else "") + ("" if s.clip else "_unclipped")
         steered = steering_name(s) + self._small_name()
         return f"{self.tag}_{how}{steered}_seed{seed}_n{num_samples}{other}"
+
+    def fingerprint(self, *more: str) -> str:
+        """Of the weights and what is computed with them: model, diffusion, and the sections `more`
+        of the config. In the names of files that are used again."""
+        config = to_json(self.built.config)
+        about = [self.digest, *(config[section] for section in ("model", "diffusion", *more))]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
 
     def _small_name(self) -> str:
         """Of what is enlarged, by its contents; '' where nothing is."""
@@ -136,10 +145,9 @@ def with_variance(run: Run, workdir: Path) -> Run:
     """With the moments that variance 'analytic' needs: from the run's folder, or measured now."""
     config = run.built.config
     s = config.sampling
-    if s.variance != "analytic" or s.sampler != "ancestral":
+    if s.variance != "analytic":
         return run
-    raw = "_raw" if run.step is not None and not s.ema else ""
-    path = workdir / "moments" / f"{run.tag}{raw}_n{s.analytic_images}.npz"
+    path = workdir / "moments" / f"{run.tag}_n{s.analytic_images}_{run.fingerprint('data')}.npz"
     wanted = (run.built.schedule.num_steps + 1,)
     if path.exists():
         try:

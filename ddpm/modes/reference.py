@@ -31,7 +31,10 @@ def reference(config: ConfigDict, workdir: Path) -> None:
     other = None
     if held_out is not None:
         other = features_of_data(config, extractor, held_out, held_out=True)
-    floor = comparison.floor(data, other, config.evaluation.num_samples)
+    try:
+        floor = comparison.floor(data, other, config.evaluation.num_samples)
+    except ValueError as error:  # too few images
+        raise InputError(f"the floor: {error}") from error
     of = f"{floor.images:,} {floor.of}"
     rows = [(NAMES[name], of, report.number(v)) for name, v in floor.values.items()]
     print(report.plain_table(("floor", "of", "value"), rows))

@@ -22,15 +22,17 @@ from ml_collections import ConfigDict, config_flags
 from ddpm.config import nearest, to_json
 from ddpm.errors import InputError
 from ddpm.evaluation import report
-from ddpm.experiment import noise_schedule
+from ddpm.experiment import UNMEASURED, check_same_run, noise_schedule
 from ddpm.files import write_whole
+from ddpm.modes.evaluate import FAILED
 from ddpm.modes.measures.job import check_parts
+from ddpm.modes.measures.likelihoods import DEQUANTISED
 from ddpm.modes.train import NOT_FINITE
 from ddpm.objectives import check_objective
 from ddpm.reverse_process import check_sampling
 from ddpm.training.checkpoints import saved_meta
 from ddpm.training.logbook import say
-from ddpm.validation import validate
+from ddpm.validation import check_steering, validate
 
 DIVERGED = "diverged"
 
@@ -58,7 +60,7 @@ def _sampled(name: str) -> Callable[[dict[str, Any]], float]:
 COLUMNS = (
     Column("bits/dim, held out", lambda found: _bits(found["bound"]["held out"])),
     Column("bits/dim, train", lambda found: _bits(found["bound"]["train"])),
-    Column("bits/dim of the flow", lambda found: _bits(found["flow"])),
+    Column("bits/dim of the flow", lambda found: found["flow"][DEQUANTISED]["bits_per_dim"]),
     Column("Fréchet distance", _sampled("frechet_distance")),
     Column("Inception score", _sampled("inception_score")),
     Column("precision", _sampled("precision")),
@@ -103,28 +105,47 @@ def sweep(rows: Sequence[Entry], seeds: Sequence[int], folder: Path, command: Pa
     """Trains and evaluates each entry with each seed, in `folder`/NAME_seedN, by `command`.
 
     Prints the table and writes it, with all values, to sweep.json in `folder`. A run whose loss is
-    not finite is told as such. Raises InputError where another fails, KeyboardInterrupt if stopped;
-    the same call goes on from there.
+    not finite is told as such. Raises InputError where another fails or a folder is of another run,
+    KeyboardInterrupt if stopped; the same call goes on from there.
     """
+    left = []
     for seed in seeds:
         for entry in rows:
             workdir = folder / f"{entry.name}_seed{seed}"
             config = entry.config.copy_and_resolve_references()
             config.seed = seed
-            if _result(workdir, config) is not None:
-                continue
-            arguments = [*entry.arguments, f"--config.seed={seed}", f"--workdir={workdir}"]
-            say(f"{entry.name}, seed {seed}: training and evaluation, in {workdir}")
-            code = _run([sys.executable, str(command), *arguments])
-            if code == NOT_FINITE:
-                _note_divergence(workdir, config)
-                continue
-            if code == 0 and _step(workdir) < config.training.steps:
-                raise KeyboardInterrupt
-            code = code or _run([sys.executable, str(command), "--mode=evaluate", *arguments])
-            if code:
-                raise InputError(f"{entry.name}, seed {seed}: failed with code {code}, see above")
+            if _result(workdir, config) is None:
+                _check_folder(workdir, config)
+                left.append((entry, seed, workdir, config))
+    for entry, seed, workdir, config in left:
+        arguments = [*entry.arguments, f"--config.seed={seed}", f"--workdir={workdir}"]
+        say(f"{entry.name}, seed {seed}: training and evaluation, in {workdir}")
+        code = _run([sys.executable, str(command), *arguments])
+        if code == NOT_FINITE:
+            _note_divergence(workdir, config)
+            continue
+        if code == 0 and _step(workdir) < config.training.steps:
+            raise KeyboardInterrupt
+        code = code or _run([sys.executable, str(command), "--mode=evaluate", *arguments])
+        if code:
+            raise InputError(f"{entry.name}, seed {seed}: failed with code {code}, see above")
     _write(rows, seeds, folder)
+
+
+def _check_folder(workdir: Path, config: ConfigDict) -> None:
+    """InputError if its weights are not, or will not be, all of this config: a run alone may change
+    its learning rate on the way, a row of a table may not."""
+    saved = saved_meta(workdir / "checkpoints")
+    if saved is None:
+        return
+    changed, longer = check_same_run(config, saved["config"], workdir), config.training.steps
+    if saved["step"] > longer:
+        changed.append(f"config.training.steps = {longer}, and it is at step {saved['step']}")
+    if changed:
+        raise InputError(
+            f"{workdir} holds a run of another config ({'; '.join(changed)}): choose another "
+            "--workdir"
+        )
 
 
 def _run(arguments: list[str]) -> int:
@@ -156,7 +177,8 @@ def _result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
         path = workdir / name
         if path.exists():
             found = json.loads(path.read_text())
-            if found.get("config") == to_json(config):
+            finished = DIVERGED in found or found.get("step") == config.training.steps
+            if finished and not found.get(FAILED) and found.get("config") == to_json(config):
                 return found
     return None
 
@@ -248,6 +270,9 @@ def _config(arguments: list[str]) -> ConfigDict:
         # Not only when its turn has come, hours after the first.
         schedule = noise_schedule(config)
         check_objective(config, schedule)
+        check_steering(config)
+        if config.sampling.variance == "analytic":
+            raise InputError(UNMEASURED)
         check_sampling(config, schedule)
         check_parts(config, schedule, config.evaluation.parts)
     except InputError as error:

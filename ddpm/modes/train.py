@@ -59,6 +59,12 @@ def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     built = with_small_images(built, config.sampling.num_samples)
     _ = built.sampler  # refused now, if at all, not when the first samples are due
     check_run(config, workdir, source)
+    saved = saved_meta(workdir / "checkpoints")
+    if given is not None and saved and saved.get("init_from", given.sha256) != given.sha256:
+        raise InputError(
+            f"{workdir} holds a run that did not begin from --init_from={init_from}: choose "
+            "another --workdir"
+        )
     if given is not None and given.image_shape != source.image_shape:
         raise InputError(
             f"--init_from={init_from} is of images {given.image_shape}, these are "
@@ -91,6 +97,8 @@ def _train(
         out_shardings=everywhere,
     )
     state = resume(checkpoints, jax.eval_shape(start), everywhere)
+    saved = saved_meta(workdir / "checkpoints") or {}
+    began_from = saved.get("init_from", "") if given is None else given.sha256
     if state is None:
         state = start()
         if given is not None:
@@ -181,6 +189,7 @@ def _train(
                 "config": to_json(config),
                 "image_shape": source.image_shape,
                 "num_images": len(source),
+                "init_from": began_from,
             }
             checkpoints.save(state, about)
 
@@ -249,7 +258,7 @@ def _train(
                 return
         logbook.say(f"done: step {step}; samples, losses.png and checkpoints are in {workdir}")
     except InputError:  # of a picture that cannot be read, found on the way
-        if step > first:
+        if step > first and jax.process_count() == 1:  # others may be in the next step by now
             save(state, metrics)
         raise
     finally:

@@ -80,7 +80,7 @@ def adam(
     """Adam (0.9, b2, 1e-8), linear warm-up from 0, the gradient clipped to a global norm.
 
     With `weight_decay`, AdamW: every step takes this part, times the learning rate, off the
-    network's weights (a learned schedule is left alone).
+    network's weights, but not off biases (as Kingma et al. 2021) or a learned schedule.
     (The authors clip each replica's gradient and then average; with one replica it is the same.)
     """
     # A schedule also without warm-up: the state is of one shape, whatever is changed on the way.
@@ -93,10 +93,13 @@ def adam(
     if not weight_decay:
         return optax.chain(clip, optax.adam(rate, b2=b2))
 
-    def network(params: dict[str, Any]) -> dict[str, bool]:
-        return {name: name != LEARNED_SCHEDULE for name in params}
+    def decays(params: Any) -> Any:
+        def one(path: tuple[Any, ...], _: Any) -> bool:
+            return path[0].key != LEARNED_SCHEDULE and path[-1].key != "bias"
 
-    return optax.chain(clip, optax.adamw(rate, b2=b2, weight_decay=weight_decay, mask=network))
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    return optax.chain(clip, optax.adamw(rate, b2=b2, weight_decay=weight_decay, mask=decays))
 
 
 def init(

@@ -174,6 +174,9 @@ def test_training_goes_on_from_weights_of_others(workdir, tmp_path):
     # The same command goes on from the checkpoint, not from the weights.
     again = ok(command(tmp_path / "run", given, **options | {"training__steps": 3}))
     assert "going on at step 2" in again.stderr
+    # And from no other weights.
+    other = f"--init_from={workdir / 'raw'}"
+    fails(command(tmp_path / "run", other, **options), "holds a run that did not begin from --init")
 
 
 def test_what_is_refused(workdir, tmp_path):
@@ -194,6 +197,10 @@ def test_what_is_refused(workdir, tmp_path):
     ):
         with pytest.raises(InputError, match=said):
             export(default(), tmp_path / "none", str(path))
+    measured = default()
+    measured.sampling.variance = "analytic"
+    with pytest.raises(InputError, match="no file has a place for it"):
+        export(measured, tmp_path / "none", str(tmp_path / "new"))
     save(make(UNETS["small"]), tmp_path / "colour")
     fails(command(tmp_path / "new", f"--init_from={tmp_path / 'colour'}"), "is of images (8, 8, 3)")
     assert not (tmp_path / "new").exists()

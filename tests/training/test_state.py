@@ -98,9 +98,10 @@ def test_gradient_is_clipped_to_its_global_norm():
 
 
 def test_b2_and_decay_are_those_of_adamw():
-    """By hand, two steps; a learned schedule beside the network does not decay."""
+    """By hand, two steps; neither biases decay nor a learned schedule beside the network."""
     optimizer = adam(0.1, b2=0.9, weight_decay=0.5)
-    params = {"c": jnp.array([2.0]), LEARNED_SCHEDULE: {"start": jnp.array([2.0])}}
+    two = jnp.array([2.0])
+    params = {"c": two, "conv": {"bias": two}, LEARNED_SCHEDULE: {"start": two}}
     state, c, free, m, v = optimizer.init(params), 2.0, 2.0, 0.0, 0.0
     for k, g in enumerate((1.0, -3.0), 1):
         grads = jax.tree.map(lambda p, g=g: jnp.full_like(p, g), params)
@@ -111,6 +112,7 @@ def test_b2_and_decay_are_those_of_adamw():
         c, free = c - 0.1 * (move + 0.5 * c), free - 0.1 * move
     np.testing.assert_allclose(params["c"], [c], rtol=1e-5)
     np.testing.assert_allclose(params[LEARNED_SCHEDULE]["start"], [free], rtol=1e-5)
+    np.testing.assert_allclose(params["conv"]["bias"], [free], rtol=1e-5)
 
 
 def test_metrics_sum_the_loss_by_parts_of_the_times():

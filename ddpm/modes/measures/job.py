@@ -137,7 +137,13 @@ def _features(config: ConfigDict) -> str:
 
 def _drawn(run: Run, folder: Path, num_samples: int, seed: int) -> np.ndarray:
     """The samples of a seed, from their file if that was written before, of the same weights."""
-    name = "_".join(filter(None, (run.sample_name(seed, num_samples), run.digest)))
+    s, name = run.built.config.sampling, run.sample_name(seed, num_samples)
+    if s.variance == "analytic":
+        name += f"_analytic{s.analytic_images}_{run.fingerprint('data')}"
+    else:
+        name += f"_{run.fingerprint()}"
+    if s.low_resolution_noise:
+        name += f"_noise{s.seed}"
     path = folder / f"{name}.npz"
     shape = (num_samples, *run.built.image_shape)
     if not path.exists():

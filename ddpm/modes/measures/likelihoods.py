@@ -18,6 +18,7 @@ from ddpm.modes.measures.job import Job, Measured, batches
 from ddpm.objectives import variance_name
 
 LEAST_PROBABILITY = 1e-12
+DEQUANTISED = "uniform dequantisation"  # a way of the flow, in evaluation.json
 
 
 def bound(job: Job) -> Measured:
@@ -111,7 +112,7 @@ def flow_likelihood(job: Job) -> Measured:
     options = {"exact_trace": e.flow_exact_trace, "tolerance": e.flow_tolerance}
     trace = "exact trace" if e.flow_exact_trace else "Hutchinson's trace"
     ways = {
-        "uniform dequantisation": flow.dequantised_bits_per_dim,
+        DEQUANTISED: flow.dequantised_bits_per_dim,
         "from x_1, with decoder": functools.partial(
             flow.decoded_bits_per_dim, variance=built.variance
         ),
