@@ -138,9 +138,9 @@ def _check_folder(workdir: Path, config: ConfigDict) -> None:
     saved = saved_meta(workdir / "checkpoints")
     if saved is None:
         return
-    changed, longer = check_same_run(config, saved["config"], workdir), config.training.steps
-    if saved["step"] > longer:
-        changed.append(f"config.training.steps = {longer}, and it is at step {saved['step']}")
+    changed, steps = check_same_run(config, saved["config"], workdir), config.training.steps
+    if saved["step"] > steps:
+        changed.append(f"config.training.steps = {steps}, and it is at step {saved['step']}")
     if changed:
         raise InputError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}): choose another "
