@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ddpm.errors import InputError
 
 PARTS = ("bound", "flow", "distances", "neighbours", "pictures")  # of an evaluation
+WITHOUT_FLOW = tuple(part for part in PARTS if part != "flow")  # of models that have none
 
 
 def default() -> ConfigDict:

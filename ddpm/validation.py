@@ -259,6 +259,7 @@ def _interval(v: Any) -> bool:
 
 _FINITE = (lambda v: abs(v) < float("inf"), "a finite number")
 _POSITIVE = (lambda v: 0 < v < float("inf"), "a number > 0")
+_NOT_NEGATIVE = (lambda v: 0 <= v < float("inf"), "a number >= 0")
 _FRACTION = (lambda v: 0 <= v < 1, "in [0, 1)")
 _RULES: dict[str, tuple[Any, str]] = {
     "seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
@@ -294,8 +295,8 @@ _RULES: dict[str, tuple[Any, str]] = {
     "training.learning_rate": _POSITIVE,
     "training.warmup_steps": _whole(0),
     "training.adam_b2": _FRACTION,
-    "training.weight_decay": (lambda v: 0 <= v < float("inf"), "a number >= 0"),
-    "training.grad_clip": (lambda v: 0 <= v < float("inf"), "a number >= 0"),
+    "training.weight_decay": _NOT_NEGATIVE,
+    "training.grad_clip": _NOT_NEGATIVE,
     "training.min_snr_gamma": _POSITIVE,
     "training.sigmoid_bias": (lambda v: abs(v) < float("inf"), "a finite number"),
     "training.huber_delta": _POSITIVE,
@@ -314,7 +315,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "sampling.steps": _whole(0),
     "sampling.analytic_images": _whole(1),
     "sampling.order": (lambda v: v in (1, 2, 3), "1, 2 or 3"),
-    "sampling.churn": (lambda v: 0 <= v < float("inf"), "a number >= 0"),
+    "sampling.churn": _NOT_NEGATIVE,
     "sampling.churn_range": (_range, "() or (least, most) of sigma/alpha, 0 <= least < most"),
     "sampling.churn_noise": _POSITIVE,
     "sampling.tolerance": (lambda v: 1e-7 <= v < 1, "in [1e-7, 1)"),
@@ -322,7 +323,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "sampling.langevin_step_size": (lambda v: 0 < v < 2, "in (0, 2)"),
     "sampling.corrector_steps": _whole(0),
     "sampling.corrector_snr": (lambda v: 0 < v < 1, "in (0, 1)"),
-    "sampling.sigma_max": (lambda v: 0 <= v < float("inf"), "a number >= 0"),
+    "sampling.sigma_max": _NOT_NEGATIVE,
     "sampling.rho": _POSITIVE,
     "comparison.samplers": (
         lambda v: v and all(isinstance(n, str) for n in v),

@@ -89,8 +89,8 @@ def test_everything_is_measured_and_written(workdir):
     of_weights = hashlib.sha256(repr(digests).encode()).hexdigest()[:8]
     config = found["config"]
     about = json.dumps([of_weights, config["model"], config["diffusion"]])
-    of_all = hashlib.sha256(about.encode()).hexdigest()[:8]
-    name = f"step_00000008_ancestral20_fixed_large_seed0_n20_{of_all}.npz"
+    fingerprint = hashlib.sha256(about.encode()).hexdigest()[:8]
+    name = f"step_00000008_ancestral20_fixed_large_seed0_n20_{fingerprint}.npz"
     with np.load(workdir / "samples" / name) as file:
         samples = file["images"].astype(float)
     of_all = np.sqrt(((samples[:12, None] - train[None]) ** 2).sum(axis=(2, 3, 4)))

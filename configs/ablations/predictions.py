@@ -12,16 +12,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import digits
-from ddpm.config import PARTS, variant
+from ddpm.config import WITHOUT_FLOW, variant
 
 _SAME = {"training.loss_weight": "simple"}
-_NO_FLOW = {"evaluation.parts": tuple(part for part in PARTS if part != "flow")}
 VARIANTS: dict[str, dict[str, Any]] = {
     "eps": _SAME,
     "x_0": _SAME | {"diffusion.prediction": "x_0"},
     "v": _SAME | {"diffusion.prediction": "v"},
     "score": _SAME | {"diffusion.prediction": "score"},
-    "posterior_mean": _SAME | _NO_FLOW | {"diffusion.prediction": "posterior_mean"},
+    "posterior_mean": _SAME
+    | {"diffusion.prediction": "posterior_mean", "evaluation.parts": WITHOUT_FLOW},
     # 0.85: the digits' standard deviation about 0.
     "edm": _SAME | {"diffusion.prediction": "edm", "diffusion.sigma_data": 0.85},
     "x_0_of_its_own": {"diffusion.prediction": "x_0"},

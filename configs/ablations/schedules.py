@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import digits
-from ddpm.config import PARTS, variant
+from ddpm.config import WITHOUT_FLOW, variant
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "linear": {"diffusion.schedule": "linear"},
@@ -26,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "diffusion.schedule": "linear",
         "diffusion.prediction": "v",
         "diffusion.zero_terminal_snr": True,
-        "evaluation.parts": tuple(part for part in PARTS if part != "flow"),
+        "evaluation.parts": WITHOUT_FLOW,
     },
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import digits
-from ddpm.config import PARTS, variant
+from ddpm.config import WITHOUT_FLOW, variant
 
 _BOUND = {"training.loss": "bound", "training.grad_clip": 1000.0}
 _MEAN = {"diffusion.prediction": "posterior_mean"}
@@ -31,5 +31,5 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def get_config(name: str = "") -> ConfigDict:
     """The config of that name."""
     config = variant(digits.get_config(), VARIANTS, name)
-    config.evaluation.parts = tuple(part for part in PARTS if part != "flow")
+    config.evaluation.parts = WITHOUT_FLOW
     return config

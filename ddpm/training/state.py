@@ -90,14 +90,13 @@ def adam(
         else optax.constant_schedule(learning_rate)
     )
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
-    if not weight_decay:
+    if not weight_decay:  # not AdamW with 0, whose state, and so checkpoints, are of another shape
         return optax.chain(clip, optax.adam(rate, b2=b2))
 
     def decays(params: Any) -> Any:
-        def one(path: tuple[Any, ...], _: Any) -> bool:
-            return path[0].key != LEARNED_SCHEDULE and path[-1].key != "bias"
-
-        return jax.tree_util.tree_map_with_path(one, params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: path[0].key != LEARNED_SCHEDULE and path[-1].key != "bias", params
+        )
 
     return optax.chain(clip, optax.adamw(rate, b2=b2, weight_decay=weight_decay, mask=decays))
 
