@@ -1,4 +1,4 @@
-"""Times this library beside PyTorch, on one machine, in turns.
+"""Times this library against PyTorch, on one machine, in turn.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/compare.py --network=small
@@ -51,7 +51,7 @@ class Side:
         )
 
     def ask(self, ask: str, **more: Any) -> Any:
-        """The worker's answer to one request; RuntimeError if it ended instead."""
+        """Returns the worker's answer to one request; raises RuntimeError if it ended instead."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"ask": ask, **more}) + "\n")
@@ -69,7 +69,7 @@ class Side:
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--network", choices=NETWORKS, default="small")
     parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
@@ -161,7 +161,7 @@ def measure(sides: list[Side], args: argparse.Namespace, result: dict[str, Any])
 
 
 def agreement(sides: list[Side], network: str) -> float:
-    """How far ours and diffusers' outputs differ, as a share of the greatest."""
+    """Returns how far ours and diffusers' outputs differ, as a share of the greatest."""
     ours, theirs = (next(s for s in sides if s.name == n) for n in ("ours", "diffusers"))
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, *NETWORKS[network].image_shape)).astype(np.float32)

@@ -27,7 +27,7 @@ CLASSIFIERS = {
 
 
 def sure(classifier, images: np.ndarray) -> float:
-    """The share of images given a class with probability above 0.9."""
+    """Returns the share of images given a class with probability above 0.9."""
     return float((classifier.predict_proba(images).max(axis=1) > 0.9).mean())
 
 

@@ -1,4 +1,4 @@
-"""What is timed of this library: the step that training runs, and its sampler."""
+"""The timed parts of this library: the step that training runs, and its sampler."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +9,13 @@ import numpy as np
 from networks import EMA_DECAY, GRAD_CLIP, LEARNING_RATE, STEPS, Network
 
 import ddpm
+from ddpm.diffusion.process import StepInfo
 from ddpm.sampling.generate import Generator
 from ddpm.training.checkpoints import parameter_count
-from ddpm.training.state import Metrics, TrainState, adam, init, make_train_step
+from ddpm.training.objectives import simple
+from ddpm.training.optimizer import adam
+from ddpm.training.state import Metrics, TrainState, init
+from ddpm.training.step import make_train_step
 
 
 class Bench:
@@ -26,7 +30,9 @@ class Bench:
         start = jax.jit(lambda: init(self.model, optimizer, network.image_shape, 0))
         self.state: TrainState = start()
         self.metrics = jax.jit(Metrics.zero)()
-        step = make_train_step(self.model, self.schedule, optimizer, ema_decay=EMA_DECAY, seed=0)
+        step = make_train_step(
+            self.model, simple(self.schedule), optimizer, ema_decay=EMA_DECAY, seed=0
+        )
         self._train = jax.jit(step, donate_argnums=(0, 1))
         shape = (network.batch_size, *network.image_shape)
         self.images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -41,8 +47,8 @@ class Bench:
         def one_step(params: Any, key: jax.Array) -> jax.Array:
             x, noise = jax.random.normal(key, (2, *shape))
             t = jnp.asarray(500)
-            prediction = clipped(params)(x, jnp.full(len(x), t))
-            return sampler.step(self.schedule, prediction, x, t, t - 1, noise)
+            step = StepInfo(t, t - 1, jnp.asarray(0), jnp.stack([t, t - 1]))
+            return sampler.step(self.schedule, clipped(params), x, step, lambda k=0: noise, ()).x
 
         self._step = jax.jit(one_step)
         self._generator = Generator(
@@ -54,25 +60,26 @@ class Bench:
         )
 
     def train(self) -> None:
-        """One step of training."""
+        """Runs one step of training."""
         self.state, self.metrics = self._train(self.state, self.metrics, self.images)
         jax.block_until_ready(self.state)
 
     def forward(self) -> None:
-        """The network alone."""
+        """Runs the network alone."""
         x = self.images.astype(np.float32)
         self._forward(self.state.params, x, np.arange(1, len(x) + 1)).block_until_ready()
 
     def step(self) -> None:
-        """One ancestral step, clipped."""
+        """Runs one ancestral step, clipped."""
         self._step(self.state.params, jax.random.key(0)).block_until_ready()
 
     def sample(self) -> None:
-        """A whole batch by DDIM in STEPS steps."""
+        """Draws a whole batch by DDIM in STEPS steps."""
         self._generator.samples(self.state.params, self.network.batch_size, seed=0)
 
     def weights(self) -> dict[str, np.ndarray]:
-        """{path: array}, not at their small initial values, so that outputs can be compared."""
+        """Returns {path: array}, not at their small initial values, so that outputs can be
+        compared."""
         flat, _ = jax.tree_util.tree_flatten_with_path(self.state.params)
         rng = np.random.default_rng(1)
         return {
@@ -82,7 +89,7 @@ class Bench:
         }
 
     def output(self, x: np.ndarray, t: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
-        """The network's output for x [B, H, W, C] and the authors' t = 0..T-1."""
+        """Returns the network's output for x [B, H, W, C] and the authors' t = 0..T-1."""
         params: dict[str, Any] = {}
         for path, array in weights.items():
             *parents, leaf = path.split("/")
@@ -98,11 +105,11 @@ class Bench:
         return stats["peak_bytes_in_use"] if stats else None
 
     def parameters(self) -> int:
-        """How many."""
+        """Returns the number of parameters."""
         return parameter_count(self.state.params)
 
     def product(self, n: int) -> Callable[[], object]:
-        """A product of two n x n matrices, to be called."""
+        """Returns a product of two n x n matrices, to be called."""
         a = jax.random.normal(jax.random.key(0), (n, n), self.dtype)
         multiply = jax.jit(jnp.matmul)
         return lambda: multiply(a, a).block_until_ready()

@@ -1,5 +1,5 @@
-"""What training pays beside its step: for the input pipeline, and for logging, the moving average
-and the progress bar.
+"""The overhead of training over its bare step: the input pipeline; logging, moving average and
+progress bar.
 
     python benchmarks/overheads.py --config=configs/digits.py
 
@@ -20,15 +20,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm import backend, experiment
+from ddpm import backend
+from ddpm.build.data import source as data_source
+from ddpm.build.experiment import build
 from ddpm.data import pipeline
 from ddpm.training import sharding
 from ddpm.training.logbook import Logbook
-from ddpm.training.state import Metrics, TrainState, init, make_train_step
+from ddpm.training.state import Metrics, TrainState, init
+from ddpm.training.step import make_train_step
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="configs/digits.py")
     parser.add_argument("--rounds", type=int, default=30)
@@ -36,8 +39,8 @@ def main() -> None:
     args = parser.parse_args()
     backend.configure()
     config = runpy.run_path(args.config)["get_config"]()
-    source = experiment.source(config)
-    built = experiment.build(config, source.image_shape)
+    source = data_source(config)
+    built = build(config, source.image_shape)
     mesh = sharding.data_mesh()
 
     def batch(step: int) -> jax.Array:
@@ -47,7 +50,7 @@ def main() -> None:
 
     step_fn = make_train_step(
         built.model,
-        built.schedule,
+        built.objective,
         built.optimizer,
         ema_decay=config.training.ema_decay,
         seed=config.seed,

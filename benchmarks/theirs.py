@@ -1,4 +1,5 @@
-"""What is timed of PyTorch: the same network from diffusers, and denoising-diffusion-pytorch's own.
+"""The timed parts of PyTorch: the same network from diffusers, and denoising-diffusion-pytorch's
+own.
 
 The same work in each: noise at random times, squared error, gradient, clipping, Adam, EMA.
 """
@@ -22,7 +23,7 @@ def settle() -> None:
 
 
 def unet2d(network: Network) -> torch.nn.Module:
-    """diffusers' UNet2DModel, set as the authors' network is."""
+    """Returns diffusers' UNet2DModel, set up as the authors' network."""
     from diffusers import UNet2DModel
 
     defaults = {
@@ -56,7 +57,7 @@ def unet2d(network: Network) -> torch.nn.Module:
 
 
 def lucidrains(network: Network, parameters: int) -> torch.nn.Module:
-    """denoising-diffusion-pytorch's Unet, as wide as brings it nearest to `parameters`."""
+    """Returns denoising-diffusion-pytorch's Unet, of the width nearest to `parameters`."""
     from denoising_diffusion_pytorch import Unet
 
     multipliers = network.unet.get("channel_multipliers", (1, 2, 2, 2))
@@ -78,7 +79,7 @@ def lucidrains(network: Network, parameters: int) -> torch.nn.Module:
 
 
 def size(model: torch.nn.Module) -> int:
-    """The number of parameters."""
+    """Returns the number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -157,7 +158,7 @@ class Bench:
         return ((self._forward(x_t, t).float() - eps) ** 2).mean()
 
     def train(self) -> None:
-        """One step of training."""
+        """Runs one step of training."""
         self.model.train()
         x_0 = self.images.float() / 127.5 - 1
         x_0 = x_0.contiguous(memory_format=self.memory)
@@ -173,7 +174,7 @@ class Bench:
 
     @torch.inference_mode()
     def forward(self) -> None:
-        """The network alone."""
+        """Runs the network alone."""
         self.model.eval()
         x = self.images.float().contiguous(memory_format=self.memory)
         self.call(x, torch.arange(len(x), device=DEVICE))
@@ -181,7 +182,7 @@ class Bench:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One ancestral step, clipped."""
+        """Runs one ancestral step, clipped."""
         self.model.eval()
         x = torch.randn(self.shape, device=DEVICE).contiguous(memory_format=self.memory)
         self._ancestral(x, 500)
@@ -199,7 +200,7 @@ class Bench:
 
     @torch.inference_mode()
     def sample(self) -> None:
-        """A whole batch by DDIM in STEPS steps."""
+        """Draws a whole batch by DDIM in STEPS steps."""
         self.model.eval()
         x = torch.randn(self.shape, device=DEVICE).contiguous(memory_format=self.memory)
         times = np.linspace(_T - 1, -1, STEPS + 1).round().astype(int)
@@ -213,7 +214,8 @@ class Bench:
         settle()
 
     def output(self, x: np.ndarray, t: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
-        """UNet2DModel's with our weights, for x [B, H, W, C] and the authors' t, in our layout."""
+        """Returns UNet2DModel's output with our weights, for x [B, H, W, C] and the authors' t, in
+        our layout."""
         levels = len(self.model.config["block_out_channels"])
         state = {}
         for path, value in weights.items():
@@ -227,7 +229,7 @@ class Bench:
         return out.permute(0, 2, 3, 1).float().cpu().numpy()
 
     def flops(self) -> float:
-        """Of one training step's forward and backward pass, counted by PyTorch."""
+        """Returns the FLOPs of a training step's forward and backward pass, counted by PyTorch."""
         from torch.utils.flop_counter import FlopCounterMode
 
         x = torch.zeros(self.shape, device=DEVICE)
@@ -238,7 +240,7 @@ class Bench:
         return float(counter.get_total_flops())
 
     def parameters(self) -> int:
-        """How many."""
+        """Returns the number of parameters."""
         return size(self.model)
 
     def peak_memory(self) -> int | None:
@@ -246,7 +248,7 @@ class Bench:
         return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
 
     def product(self, n: int) -> Callable[[], None]:
-        """A product of two n x n matrices, to be called."""
+        """Returns a product of two n x n matrices, to be called."""
         a = torch.randn(n, n, device=DEVICE, dtype=self.dtype)
 
         def multiply() -> None:

@@ -16,7 +16,7 @@ from networks import NETWORKS
 
 
 def bench_of(side: str, name: str, dtype: str) -> Any:
-    """The side's Bench of a network that computes in `dtype`."""
+    """Returns the side's Bench of a network that computes in `dtype`."""
     network = NETWORKS[name]
     if side == "ours":
         from ddpm import backend
@@ -41,7 +41,7 @@ def bench_of(side: str, name: str, dtype: str) -> Any:
 
 
 def main() -> None:
-    """worker.py SIDE NETWORK DTYPE."""
+    """Runs worker.py SIDE NETWORK DTYPE."""
     side, name, dtype = sys.argv[1:]
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def answer(bench: Any, request: dict[str, Any]) -> Any:
-    """What is asked: times of calls, an output, figures."""
+    """Returns what is asked for: times of calls, an output, figures."""
     match request["ask"]:
         case "time":  # seconds of each of so many calls
             call = getattr(bench, request["what"])

@@ -12,5 +12,5 @@ from ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """The config: the defaults are this experiment."""
+    """Returns the config: the defaults are this experiment."""
     return default()

@@ -13,7 +13,7 @@ from ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """The config: the paper's, with labels."""
+    """Returns the config: the paper's, with labels."""
     config = default()
     config.model.num_classes = 10
     return config

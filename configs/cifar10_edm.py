@@ -1,4 +1,4 @@
-"""CIFAR-10 as Karras et al. (2022) train it: preconditioned, told of the changes to its images.
+"""CIFAR-10 as Karras et al. (2022) train it: preconditioned, given the changes to its images.
 
     python main.py --config=configs/cifar10_edm.py
 
@@ -14,9 +14,9 @@ from ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
-    config.data.flip = False  # one of the changes that it is told of
+    config.data.flip = False  # one of the changes that it is given
     config.model.update(
         channel_multipliers=(2, 2, 2),
         num_res_blocks=4,

@@ -2,10 +2,10 @@
 
     python main.py --config=configs/cifar10_vdm.py
 
-Their network, at one resolution throughout, with waves of x beside x, and x added to what it puts
-out. Their code has a schedule linear in log-SNR and learns its ends; here its shape is learned too,
-as in the paper, and does not decay with the weights. Their figure, after 10 million steps: 2.65
-bits/dim. Not yet trained here.
+Their network, at one resolution throughout, with waves of x next to x, and x added to the
+output. Their code has a schedule linear in log-SNR and learns its ends; here its shape is learned
+too, as in the paper, and does not decay with the weights. Their figure, after 10 million steps:
+2.65 bits/dim. Not yet trained here.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.data.flip = False
     config.model.update(

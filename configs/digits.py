@@ -9,7 +9,7 @@ from ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.data.update(name="digits", flip=False)
     # Images this small are lost in less noise than large ones: the linear schedule would spend half

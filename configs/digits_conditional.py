@@ -9,7 +9,7 @@ from configs import digits
 
 
 def get_config() -> ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = digits.get_config()
     config.model.num_classes = 10
     return config

@@ -12,7 +12,7 @@ from configs import digits
 
 
 def get_config() -> ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = digits.get_config()
     config.model.low_resolution = 4
     # A base model's samples are not quite as data are: noise hides by how much.

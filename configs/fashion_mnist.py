@@ -9,7 +9,7 @@ from ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.data.update(name="fashion_mnist", flip=False)
     config.diffusion.schedule = "cosine"

@@ -11,7 +11,7 @@ from configs import fashion_mnist
 
 
 def get_config() -> ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = fashion_mnist.get_config()
     config.model.num_classes = 10
     return config

@@ -11,7 +11,7 @@ from ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.data.update(name="fashion_mnist", flip=False)
     config.model.update(channel_multipliers=(1, 2, 2), attention_resolutions=(14,))

@@ -12,7 +12,7 @@ from ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.data.update(name="folder", image_size=(64, 64))
     config.training.update(steps=200_000, batch_size=64, learning_rate=1e-4, sample_every=10_000)

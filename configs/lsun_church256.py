@@ -12,7 +12,7 @@ from ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """The config."""
+    """Returns the config."""
     config = default()
     config.data.update(name="lsun/church_outdoor", image_size=(256, 256))
     config.model.update(channel_multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)

@@ -9,12 +9,14 @@ from ddpm.diffusion import (
     flow,
     gaussian,
     likelihood,
+    loss_weights,
     losses,
     predictions,
+    process,
     schedules,
+    streams,
     timesteps,
     variances,
-    weights,
 )
 from ddpm.diffusion.analytic import analytic, second_moments
 from ddpm.diffusion.gaussian import (
@@ -25,9 +27,9 @@ from ddpm.diffusion.gaussian import (
     q_sample,
     q_step,
 )
-from ddpm.diffusion.keys import sample_keys
 from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser, thresholded
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.streams import sample_keys
 from ddpm.models.dit import DiT
 from ddpm.models.unet import UNet
 from ddpm.sampling import editing, grids, guidance, langevin
@@ -68,10 +70,12 @@ __all__ = [
     "heun",
     "langevin",
     "likelihood",
+    "loss_weights",
     "losses",
     "predictions",
     "predictor_corrector",
     "probability_flow",
+    "process",
     "q_posterior",
     "q_sample",
     "q_step",
@@ -80,9 +84,9 @@ __all__ = [
     "sample_keys",
     "schedules",
     "second_moments",
+    "streams",
     "thresholded",
     "timesteps",
     "unipc",
     "variances",
-    "weights",
 ]

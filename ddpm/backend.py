@@ -1,4 +1,4 @@
-"""What JAX and XLA are told before the first computation, by the command line and benchmarks."""
+"""Settings of JAX and XLA before the first computation, for the command line and benchmarks."""
 
 import hashlib
 import logging
@@ -12,6 +12,7 @@ import jax
 from ddpm.data.cache import cache_folder
 
 _log = logging.getLogger(__name__)
+_YNN = "--xla_cpu_experimental_ynn_fusion_type"
 
 
 def configure() -> None:
@@ -22,8 +23,9 @@ def configure() -> None:
     if version("jaxlib") == "0.10.2":
         # Its default for single convolutions on CPUs takes about 1.5 times as long; newer ones
         # do not have it, and a flag that a version does not know would end the process.
-        flag = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-        os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}"
+        flag, flags = f"{_YNN}=-individual_convolution", os.environ.get("XLA_FLAGS", "")
+        if _YNN not in flags:
+            os.environ["XLA_FLAGS"] = f"{flag} {flags}"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = cache_folder() / "compiled" / _processor()
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -36,7 +38,7 @@ def configure() -> None:
 
 
 def _processor() -> str:
-    """Programs for one processor may not run on another that shares the home folder."""
+    """Returns a name of this processor, whose programs others may not be able to run."""
     text = platform.machine() + platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():

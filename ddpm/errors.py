@@ -10,6 +10,12 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, or its kind."""
+    """Returns the first line of an error that has one, or its kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+class NotFinite(RuntimeError):
+    """The loss or its gradient became NaN or infinite; the text names step and checkpoint."""
+
+    EXIT_CODE = 3

@@ -1,10 +1,13 @@
 """Compiled programs are kept between tests and between runs: compiling is most of their time."""
 
 import os
+import shutil
 import signal
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
+import filelock
 import pytest
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-tests" / "jax"
@@ -13,7 +16,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Tests run each program for a moment: optimising the machine code would take longer than it saves.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if version("jaxlib").startswith("0.10."):  # a flag that a version does not know ends the process
+    _FLAGS += " --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", _FLAGS)
 
 # A shell starts what is in the background with Ctrl-C ignored, and so all that it starts: tests
 # that send it would wait in vain.
@@ -36,3 +42,35 @@ def _forget_programs():
     import jax
 
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def _shared_run(tmp_path_factory):
+    from tests import runs
+
+    base = tmp_path_factory.getbasetemp()
+    # Of pytest-xdist's workers each has a folder in the same one.
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            done = runs.run(runs.command(folder))
+            assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_run(_shared_run):
+    """The run folder of `runs.command`, eight steps long, trained once: not to be changed."""
+    return _shared_run
+
+
+@pytest.fixture(scope="module")
+def module_run(_shared_run, tmp_path_factory):
+    """A copy of `shared_run` for the tests of one file, which may add to it."""
+    return Path(shutil.copytree(_shared_run, tmp_path_factory.mktemp("copy") / "run"))
+
+
+@pytest.fixture
+def own_run(_shared_run, tmp_path):
+    """A copy of `shared_run` for one test."""
+    return Path(shutil.copytree(_shared_run, tmp_path / "own_run"))

@@ -1,18 +1,27 @@
-"""The real `main.py` in a process of its own, on a network small enough to compile in seconds."""
+"""The real command on a network small enough to compile in seconds.
 
+`run` calls it in this process, `process` in one of its own; both give what it printed and its exit
+code. `shared_run` in conftest.py is one such run, trained once for all tests.
+"""
+
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm import experiment
+from ddpm import cli
+from ddpm.build import experiment
 from ddpm.training import sharding
 from ddpm.training.checkpoints import Checkpoints, items_of
 from ddpm.training.state import init
@@ -36,6 +45,14 @@ TINY = {
 }
 
 
+class Done(NamedTuple):
+    """What a command came to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def command(workdir, *extra, **overrides):
     """The command line of a tiny run; overrides as model__channels=4."""
     config = TINY | {key.replace("__", "."): value for key, value in overrides.items()}
@@ -43,19 +60,35 @@ def command(workdir, *extra, **overrides):
     return [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}", *flags, *extra]
 
 
+def run(arguments):
+    """Runs a command line of `command` in this process, where JAX has started already."""
+    out, err, hook = io.StringIO(), io.StringIO(), sys.unraisablehook
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # as in a process of its own, where none is an error
+            code = cli.run(arguments[1:])
+    finally:
+        sys.unraisablehook = hook
+    return Done(code, out.getvalue(), err.getvalue())
+
+
 def environment(**extra):
     return os.environ | {"JAX_PLATFORMS": "cpu"} | extra
 
 
-def run(arguments, **options):
-    """Waits for the end; the completed process with its output as text."""
+def process(arguments, **options):
+    """Runs a command line in a process of its own, and waits for the end."""
     return subprocess.run(
         arguments, capture_output=True, text=True, env=environment(), timeout=300, **options
     )
 
 
 def start(arguments, **extra):
-    """In the background."""
+    """In the background, in a process of its own."""
     return subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
@@ -94,8 +127,7 @@ def final_state(workdir):
             built.optimizer,
             built.image_shape,
             0,
-            built.objective.history,
-            schedule_parameters=built.objective.schedule_parameters(),
+            built.objective,
             other_averages=len(built.other_ema_rates),
         )
     )

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from ddpm.build.experiment import build
 from ddpm.config import default
 from ddpm.errors import InputError
-from ddpm.experiment import build
 from ddpm.modes.compare import parse
 from tests.runs import command, run
 
@@ -16,11 +16,8 @@ FEW = {"comparison__num_samples": 100, "sampling__batch_size": 32}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compare") / "run"
-    found = run(command(folder))
-    assert found.returncode == 0, found.stderr
-    return folder
+def trained(module_run):
+    return module_run
 
 
 def test_table_and_plot(trained):

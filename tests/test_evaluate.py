@@ -23,11 +23,8 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    done = run(command(folder))
-    assert done.returncode == 0, done.stderr
-    return folder
+def workdir(module_run):
+    return module_run
 
 
 def evaluate(workdir, *extra, **overrides):
@@ -136,7 +133,6 @@ def test_what_was_measured_is_written_where_a_part_fails(workdir):
     done = evaluate(
         workdir,
         evaluation__parts="('bound','distances')",
-        evaluation__bound_times=2,
         **DIVERGING,
     )
     assert done.returncode == 2
@@ -156,7 +152,7 @@ def save(path, images):
 @pytest.mark.parametrize(
     ("images", "said"),
     [
-        (np.zeros((30, 9, 8, 1), np.uint8), "images of (9, 8, 1), the data's are (8, 8, 1)"),
+        (np.zeros((30, 9, 8, 1), np.uint8), ".npz are (9, 8, 1) (height, width, channels)"),
         (np.zeros((19, 8, 8, 1), np.uint8), "19 images, config.evaluation.num_samples asks for 20"),
         (np.full((30, 8, 8, 1), np.nan, np.float32), "must be uint8 (0..255)"),
         (None, "there is no such file"),
@@ -202,11 +198,11 @@ def test_without_held_out_data(workdir):
     found = json.loads((workdir / "evaluation.json").read_text())
     assert found["flow"]["uniform dequantisation"]["split"] == "train"
     floor = found["distances"]["floor"]
-    assert (floor["images"], floor["of"]) == (20, "training images beside 719 others")
+    assert (floor["images"], floor["of"]) == (20, "training images against 719 others")
     assert 5 * floor["values"]["frechet_distance"] < min(
         found["distances"]["samples"]["frechet_distance"]["values"]
     )
-    assert "20 training images beside 719 others" in done.stdout
+    assert "20 training images against 719 others" in done.stdout
     assert "train, 3 images" in done.stdout
 
 

@@ -9,9 +9,13 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from configs import digits
-from ddpm import experiment, likelihood
-from ddpm.data.pipeline import to_float
+from ddpm import likelihood
+from ddpm.build import experiment
+from ddpm.build.checks import validate
+from ddpm.build.data import held_out
+from ddpm.build.schedule import noise_schedule
 from ddpm.data.sources import npz
+from ddpm.diffusion.pixels import to_float
 from ddpm.errors import InputError
 from ddpm.interop import weights
 from ddpm.modes.evaluate import evaluate
@@ -19,8 +23,7 @@ from ddpm.modes.export import export
 from ddpm.modes.loading import load_run
 from ddpm.modes.train import train
 from ddpm.training import ema
-from ddpm.training.objective import LEARNED_SCHEDULE
-from ddpm.validation import validate
+from ddpm.training.objectives import LEARNED_SCHEDULE
 from tests.exact import close
 from tests.runs import command, final_state, run
 
@@ -94,7 +97,7 @@ def test_resumed_it_ends_in_the_same_weights_averages_and_snapshots(whole, tmp_p
     (workdir / "averages" / "step_00000007_std0.1.npz").write_text("")
     done = run(command(workdir, **OPTIONS | {"training__ema_snapshot_every": 2}))
     assert done.returncode == 0, done.stderr
-    assert "going on at step 4" in done.stderr
+    assert "resuming at step 4" in done.stderr
     (step, found), (last, expected) = final_state(workdir), final_state(whole)
     assert step == last == 8
     # params, two averages and Adam's two moments, each with the five parts of the schedule.
@@ -154,8 +157,8 @@ def test_the_bound_is_that_of_the_learned_end_points(whole):
     found = json.loads((whole / "evaluation.json").read_text())["bound"]["held out"]
     found = {name: found[name]["bits_per_dim"] for name in ("total", "prior", "steps", "decoder")}
     close(found["total"], found["prior"] + found["steps"] + found["decoder"], rtol=1e-5)
-    images = experiment.held_out(config_of(whole)).read(np.arange(16)).image
-    begin, learned = experiment.noise_schedule(config_of(whole)), loaded(whole).built.schedule
+    images = held_out(config_of(whole)).read(np.arange(16)).image
+    begin, learned = noise_schedule(config_of(whole)), loaded(whole).built.schedule
     before, now = (likelihood.prior_kl(s, to_float(images)).mean() for s in (begin, learned))
     close(found["prior"], now, rtol=1e-3)
     assert abs(before / now - 1) > 0.01

@@ -18,12 +18,15 @@ KILLS = int(os.environ.get("DDPM_KILLS", "3"))
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(tmp_path_factory, shared_run):
+    """The shared run, its copy by a process of its own, and the seconds that took."""
     workdir = tmp_path_factory.mktemp("whole")
     began = time.monotonic()
-    done = runs.run(runs.command(workdir))
+    done = runs.process(runs.command(workdir))
     assert done.returncode == 0, done.stderr
-    return workdir, time.monotonic() - began
+    seconds = time.monotonic() - began
+    assert_same(workdir, (shared_run, seconds))
+    return workdir, seconds
 
 
 def assert_same(workdir, uninterrupted):
@@ -66,7 +69,7 @@ def test_killed_at_random_moments_ends_in_the_same_weights(uninterrupted, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_saves_and_the_same_command_goes_on(uninterrupted, tmp_path, number):
+def test_a_signal_to_stop_saves_and_the_same_command_resumes(uninterrupted, tmp_path, number):
     many = runs.command(tmp_path, training__steps=100_000, training__checkpoint_every=100_000)
     process = runs.start(many)
     metrics = tmp_path / "metrics.jsonl"
@@ -82,13 +85,13 @@ def test_told_to_stop_saves_and_the_same_command_goes_on(uninterrupted, tmp_path
 
     done = runs.run(runs.command(tmp_path, training__steps=stopped + 2))
     assert done.returncode == 0, done.stderr
-    assert f"going on at step {stopped}" in done.stderr
+    assert f"resuming at step {stopped}" in done.stderr
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == sorted(set(steps))
     assert steps[-1] == stopped + 2
 
 
-def test_told_to_stop_while_drawing_the_samples(uninterrupted, tmp_path):
+def test_a_signal_to_stop_while_drawing_the_samples(uninterrupted, tmp_path):
     slow = runs.command(tmp_path, sampling__num_samples=100_000, sampling__batch_size=4)
     process = runs.start(slow)
     runs.wait_for(lambda: (tmp_path / "checkpoints" / "8").exists())
@@ -144,7 +147,8 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path):
 
 
 def test_truncated_checkpoint_falls_back_and_ends_in_the_same_weights(uninterrupted, tmp_path):
-    assert runs.run(runs.command(tmp_path, training__steps=6)).returncode == 0
+    done = runs.run(runs.command(tmp_path, training__steps=6))
+    assert done.returncode == 0, done.stderr
     # All of them: Orbax leaves some there that it has merged into others and reads no more.
     for file in (tmp_path / "checkpoints" / "6" / "params").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -152,7 +156,7 @@ def test_truncated_checkpoint_falls_back_and_ends_in_the_same_weights(uninterrup
     assert done.returncode == 0, done.stderr
     assert "checkpoint 6 in" in done.stderr
     assert len(done.stderr.splitlines()) < 10
-    assert "going on at step 4" in done.stderr
+    assert "resuming at step 4" in done.stderr
     assert (tmp_path / "damaged_checkpoints" / "6").exists()
     assert_same(tmp_path, uninterrupted)
 
@@ -174,7 +178,7 @@ def test_samples_do_not_depend_on_the_batch_size(uninterrupted):
     assert np.abs(images[0] - images[1]).max() <= 1
 
 
-def test_the_history_of_losses_goes_on(tmp_path):
+def test_the_history_of_losses_is_resumed(tmp_path):
     """Importance sampling of t, a learned variance and an average by a power of the step."""
     config = digits.get_config()
     config.model.update(channels=8, num_groups=4, channel_multipliers=(1,))

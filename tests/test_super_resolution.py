@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from ddpm.data import digits
-from ddpm.data.pipeline import to_float
-from ddpm.diffusion.conditioning import averaged
+from ddpm.diffusion.network_inputs import averaged
+from ddpm.diffusion.pixels import to_float
 from ddpm.modes.loading import load_run
 from tests.runs import command, run
 from tests.test_edit import config
@@ -70,7 +70,7 @@ def test_samples_are_of_their_own_small_images(workdir):
 
 
 def test_images_to_enlarge_are_given_and_noised(workdir, tmp_path):
-    """Two small pictures, in turns; the name tells which, and how much noise was added."""
+    """Two small pictures, in turn; the name tells which, and how much noise was added."""
     small = np.rint(averaged(TEST[[3, 10]].astype(float), (4, 4))).astype(np.uint8)
     for i, image in enumerate(small):
         Image.fromarray(image[..., 0]).save(tmp_path / f"{i}.png")
@@ -89,7 +89,7 @@ def test_images_to_enlarge_are_given_and_noised(workdir, tmp_path):
 
 
 def test_bound_is_given_the_small_image_and_lower_for_it(workdir):
-    """Beside that of the same network given the small image of another."""
+    """Conditioning that of the same network given the small image of another."""
     built, params = loaded(workdir)
     x_0 = to_float(TEST[:40])
     t, x_t = np.full(40, 60), np.float32(np.random.default_rng(0).normal(size=x_0.shape))
@@ -115,6 +115,6 @@ def loaded(workdir):
 def test_what_cannot_be_is_refused(workdir, tmp_path):
     np.savez(tmp_path / "large.npz", images=TEST[:3])
     large = SMALL | {"sampling__low_resolution_images": tmp_path / "large.npz"}
-    said = "low_resolution_images: ", "images are 8x8x1, the model's 4x4x1"
+    said = "low_resolution_images: ", "for images of (4, 4, 1)", "are (8, 8, 1)"
     fails(command(workdir, "--mode=sample", **large), *said)
     fails(command(workdir, "--mode=edit", "--input=x.png", **SMALL), "enlarges, and does not edit")

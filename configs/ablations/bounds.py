@@ -35,5 +35,5 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def get_config(name: str = "") -> ConfigDict:
-    """The config of that name."""
+    """Returns the config of that name."""
     return variant(digits.get_config(), VARIANTS, name)

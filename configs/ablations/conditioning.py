@@ -1,8 +1,8 @@
-"""What the network is told beside x_t and t, on the digits.
+"""Inputs of the network in addition to x_t and t, on the digits.
 
     python main.py --config=configs/ablations/conditioning.py:self_conditioning
 
-`augmentation` also flips, turns and moves the digits, which the network is told of.
+`augmentation` also flips, turns and moves the digits, which the network is given.
 """
 
 from typing import Any
@@ -21,5 +21,5 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def get_config(name: str = "") -> ConfigDict:
-    """The config of that name."""
+    """Returns the config of that name."""
     return variant(digits.get_config(), VARIANTS, name)

@@ -1,4 +1,4 @@
-"""What the network puts out, on the digits: one objective, L_simple, through each.
+"""Parameterizations of the network's output, on the digits: one objective, L_simple, through each.
 
     python main.py --config=configs/ablations/predictions.py:v
 
@@ -30,5 +30,5 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def get_config(name: str = "") -> ConfigDict:
-    """The config of that name."""
+    """Returns the config of that name."""
     return variant(digits.get_config(), VARIANTS, name)

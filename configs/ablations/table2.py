@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def get_config(name: str = "") -> ConfigDict:
-    """The config of that name."""
+    """Returns the config of that name."""
     config = variant(digits.get_config(), VARIANTS, name)
     config.evaluation.parts = WITHOUT_FLOW
     return config

@@ -1,4 +1,4 @@
-"""How t is drawn, on the digits, with L_simple.
+"""Distributions of t in training, on the digits, with L_simple.
 
     python main.py --config=configs/ablations/times.py:low_discrepancy
 
@@ -19,5 +19,5 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def get_config(name: str = "") -> ConfigDict:
-    """The config of that name."""
+    """Returns the config of that name."""
     return variant(digits.get_config(), VARIANTS, name)

@@ -34,5 +34,5 @@ VARIANTS |= {name: _V | {"training.loss": name} for name in ("l1", "huber")}
 
 
 def get_config(name: str = "") -> ConfigDict:
-    """The config of that name."""
+    """Returns the config of that name."""
     return variant(digits.get_config(), VARIANTS, name)

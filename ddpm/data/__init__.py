@@ -11,12 +11,11 @@ from ddpm.data.pipeline import (
     batch_indices,
     evaluation_batches,
     prefetch,
-    to_float,
-    to_uint8,
     train_batch,
 )
 from ddpm.data.sources import ArraySource, EncodedSource, Examples, Source, digits, npz
 from ddpm.data.tfds_sets import tfds
+from ddpm.diffusion.pixels import to_float, to_uint8
 
 __all__ = [
     "ArraySource",

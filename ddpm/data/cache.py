@@ -23,14 +23,15 @@ VERSION = 1  # of what is cached: one more whenever decoding, cropping or resizi
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/ddpm, or ~/.cache/ddpm. It may be deleted when nothing trains."""
+    """Returns $XDG_CACHE_HOME/ddpm, or ~/.cache/ddpm. It may be deleted when nothing trains."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm"
 
 
 def cached(
     name: str, key: Mapping[str, Any], blocks: Callable[[], Iterable[Arrays]]
 ) -> Arrays | None:
-    """The arrays that `blocks` gives piece by piece, joined on axis 0, as read-only memory maps.
+    """Returns the arrays that `blocks` gives piece by piece, joined on axis 0, as read-only memory
+    maps.
 
     They are made only if the cache does not hold them under this key (anything JSON can write,
     all that the arrays depend on). The name is for people who look into the cache folder. Where
@@ -67,7 +68,7 @@ def _open(folder: Path) -> Arrays | None:
 
 
 def _build(folder: Path, blocks: Iterable[Arrays]) -> None:
-    """Writes beside the folder and renames: whoever sees the folder sees all of it."""
+    """Writes next to the folder and renames: whoever sees the folder sees all of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder.parent)
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
@@ -102,7 +103,8 @@ def _write(folder: Path, blocks: Iterable[Arrays]) -> None:
 
 
 def _header(like: np.ndarray, count: int) -> bytes:
-    """Of an .npy of `count` elements like these. NumPy pads it, so that its length is constant."""
+    """Returns the header of an .npy of `count` elements like these. NumPy pads it, so its length is
+    constant."""
     out = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         out,
@@ -116,7 +118,7 @@ def _header(like: np.ndarray, count: int) -> bytes:
 
 
 def _remove_leftovers(folder: Path, older_than: float = 24 * 3600) -> None:
-    """What killed processes left half written; a younger one may still be at work."""
+    """Removes what killed processes left half written; a younger one may still be at work."""
     for path in folder.glob(".unfinished-*"):
         with contextlib.suppress(OSError):
             if time.time() - max(_changed(path)) > older_than:

@@ -27,7 +27,7 @@ def quiet() -> Iterator[None]:
 
 
 def import_tfds() -> ModuleType:
-    """tensorflow_datasets, imported when first needed: it takes most of a second."""
+    """Imports tensorflow_datasets when it is first needed: it takes most of a second."""
     with quiet():
         try:
             import tensorflow_datasets
@@ -40,7 +40,8 @@ def import_tfds() -> ModuleType:
 
 
 def find(name: str, data_dir: str | Path | None = None) -> Any:
-    """tfds' builder of a data set, prepared or not; one that is not would write array_record.
+    """Returns tfds' builder of a data set, prepared or not; one that is not would write
+    array_record.
 
     Raises InputError for an unknown name or config, with the nearest ones, and for a set that is
     there in a format without random access.
@@ -65,18 +66,18 @@ def find(name: str, data_dir: str | Path | None = None) -> Any:
 
 
 def is_prepared(builder: Any) -> bool:
-    """Whether the set is on disk, complete."""
+    """Returns whether the set is on disk, complete."""
     with quiet():
         return builder.is_prepared()
 
 
 def command(name: str) -> str:
-    """The command line that prepares a data set."""
+    """Returns the command line that prepares a data set."""
     return f"python -m ddpm.data.prepare {name} --data_dir=FOLDER"
 
 
 def _explained(tfds: ModuleType, name: str, error: Exception) -> InputError:
-    """What tfds' many-lined complaint about a name comes down to."""
+    """Returns what tfds' many-lined complaint about a name comes down to."""
     names = tfds.list_builders(with_community_datasets=False)
     base, _, config = name.partition(":")[0].partition("/")
     if base in names:

@@ -26,7 +26,8 @@ def folder(
     broken: str = "error",
     memory_budget: int = MEMORY_BUDGET,
 ) -> Source:
-    """The images below a folder, of any size and format that Pillow reads, in order of their path.
+    """Returns the images below a folder, of any size and format that Pillow reads, in order of
+    their path.
 
     Each is cropped and resized to image_size (height, width), or, without it, must be as large as
     the first. channels is 1 or 3. Where every image is in a sub-folder, the outermost ones, in
@@ -73,7 +74,7 @@ def folder(
 
 
 def _list_images(root: Path) -> list[Path]:
-    """The images below root, relative to it and sorted; at least one."""
+    """Returns the images below root, relative to it and sorted; at least one."""
     if not root.is_dir():
         kind = "is not a folder" if root.exists() else "there is no such folder"
         raise InputError(f"{root}: {kind}; data.path must name a folder of images")
@@ -109,7 +110,7 @@ def _fingerprint(root: Path, files: Iterable[Path]) -> str:
 
 
 def _readable(root: Path, files: list[Path], key: Mapping[str, Any], channels: int) -> list[Path]:
-    """The files without the broken ones, found by decoding all, once; says which they are."""
+    """Returns the files without the broken ones, found by decoding all, once, and reported."""
 
     def error(file: Path) -> str:
         try:

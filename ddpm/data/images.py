@@ -14,7 +14,8 @@ _NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
 def extensions() -> frozenset[str]:
-    """The file extensions, in lower case and with their dot, that Pillow can read as pictures."""
+    """Returns the file extensions, in lower case and with their dot, that Pillow can read as
+    pictures."""
     return frozenset(
         extension
         for extension, kind in Image.registered_extensions().items()
@@ -25,7 +26,7 @@ def extensions() -> frozenset[str]:
 def read_image(
     file: Path | bytes, *, channels: int, image_size: tuple[int, int] | None, name: str = ""
 ) -> np.ndarray:
-    """A file, or its bytes, as uint8[height, width, channels]; channels is 1 or 3.
+    """Reads a file, or its bytes, as uint8[height, width, channels]; channels is 1 or 3.
 
     EXIF orientation is applied, transparency composited on white, 16 bits scaled to 8; of an
     animation the first frame is read. With image_size (height, width) the image is cropped to
@@ -44,7 +45,7 @@ def read_image(
 
 
 def checked_size(image_size: Sequence[int] | None) -> tuple[int, int] | None:
-    """(height, width), or None for None or (). Raises InputError for anything else."""
+    """Returns (height, width), or None for None or (). Raises InputError for anything else."""
     if image_size is None or (isinstance(image_size, Sequence) and not image_size):
         return None
     if isinstance(image_size, Sequence) and len(image_size) == 2 and min(image_size) > 0:
@@ -71,7 +72,7 @@ def crop_and_resize(image: Image.Image, image_size: tuple[int, int]) -> Image.Im
 
 
 def _flatten(image: Image.Image, channels: int) -> Image.Image:
-    """Any mode of Pillow's as 'L' or 'RGB'."""
+    """Converts any mode of Pillow's to 'L' or 'RGB'."""
     if image.mode[0] in "IF":
         image = _eight_bits(image)
     elif image.has_transparency_data:
@@ -82,8 +83,26 @@ def _flatten(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The modes 'I' and 'I;16*': Pillow's own convert() would clip them at 255."""
+    """Scales the modes 'I' and 'I;16*': Pillow's own convert() would clip them at 255."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its pixels, of mode {image.mode}, are not of 8 or 16 bits")
     return Image.fromarray(np.rint(values / 257.0).astype(np.uint8))
+
+
+def check_image_shape(
+    found: tuple[int, ...],
+    wanted: tuple[int, ...],
+    whose: str,
+    these: str = "these are",
+    *,
+    advice: str = "",
+) -> None:
+    """Raises InputError unless images are of the shape (height, width, channels) that is wanted.
+
+    The error reads: `whose` the wanted shape, `these` the one found, `advice`.
+    """
+    if tuple(found) != tuple(wanted):
+        raise InputError(
+            f"{whose} {tuple(wanted)}, {these} {tuple(found)} (height, width, channels){advice}"
+        )

@@ -17,7 +17,8 @@ _MNIST_FILES = {
 
 
 def without_tensorflow(official: Any) -> Any | None:
-    """tfds' own builder class with other readers of the original files; None where we have none.
+    """Returns tfds' own builder class with other readers of the original files; None where there
+    are none.
 
     tfds extracts archives, and encodes arrays as PNG, by TensorFlow; it takes PIL images as they
     are. Everything else is inherited. `urls(builder)` are the files that it downloads.
@@ -31,7 +32,7 @@ def without_tensorflow(official: Any) -> Any | None:
 
     class Free(official, skip_registration=True):  # type: ignore[call-arg]
         name = official.name
-        url_infos = official.url_infos  # tfds looks beside the class, where there are none
+        url_infos = official.url_infos  # tfds looks next to the class, where there are none
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
             wanted = urls(self)
@@ -55,7 +56,8 @@ def _mnist_examples(images: Path, labels: Path) -> Iterator[tuple[int, dict[str,
 
 
 def _idx(path: Path) -> np.ndarray:
-    """An IDX file: two zeros, the dtype (8: uint8), the number of axes, their lengths, the data."""
+    """Reads an IDX file: two zeros, the dtype (8: uint8), the number of axes, their lengths, the
+    data."""
     data = gzip.decompress(Path(path).read_bytes())
     if data[:3] != b"\0\0\x08":
         raise EOFError(f"{path} is not a gzipped IDX file of bytes")
@@ -111,5 +113,5 @@ def _member(tar: tarfile.TarFile, name: str) -> bytes:
 
 
 def file_name(url: str) -> str:
-    """The last part of a URL, by which a user knows the file."""
+    """Returns the last part of a URL, by which a user knows the file."""
     return Path(urlsplit(url).path).name

@@ -1,4 +1,4 @@
-"""From a source to batches: each a pure function of the seed and the step, so nothing is carried.
+"""Batches from a source, each a pure function of the seed and the step, so nothing is carried.
 
 Resuming at a step, or on another number of hosts, gives the batches that an uninterrupted run
 would have had.
@@ -13,12 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ddpm.data.sources import Examples, Source
+from ddpm.diffusion import streams
 from ddpm.errors import InputError
 
 T = TypeVar("T")
-
-# The streams of random numbers. A zero at the end would be lost: numpy pads the seed with zeros.
-_FLIPS = 1
 
 
 class EvaluationBatch(NamedTuple):
@@ -83,7 +81,7 @@ def train_batch(
     examples = source.read(indices)
     if not flip:
         return examples
-    coins = np.random.default_rng((seed, step, _FLIPS)).random(batch_size) < 0.5
+    coins = np.random.default_rng((seed, step, streams.FLIPS)).random(batch_size) < 0.5
     mirrored = coins[slice(*_slice(batch_size, process_index, process_count))]
     image = np.array(examples.image)
     pixels = image.view(f"V{image.shape[-1]}")[..., 0]  # whole pixels move faster than their bytes
@@ -94,7 +92,7 @@ def train_batch(
 def evaluation_batches(
     source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[EvaluationBatch]:
-    """All examples once and in order, not flipped, in batches of one size.
+    """Yields all examples once and in order, not flipped, in batches of one size.
 
     The last batch is filled up with the last example, masked out; of several processes each gets
     its slice of every global batch, so all get the same number of batches.
@@ -107,7 +105,7 @@ def evaluation_batches(
 
 
 def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[T]:
-    """make(start), .., make(stop - 1), computed by a background thread up to `depth` ahead.
+    """Yields make(start), .., make(stop - 1), computed by a background thread up to `depth` ahead.
 
     An exception of make is raised here, when its step is asked for. Closing the iterator (or
     dropping it) ends the thread; one that is inside a long make ends when that returns.
@@ -143,19 +141,6 @@ def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) ->
         thread.join(timeout=1.0)
 
 
-def to_float(images: Any) -> Any:
-    """uint8 0..255 to float32 [-1, 1], of numpy or jax: the paper's linear scaling (section 3.3).
-
-    to_uint8 gives every value back.
-    """
-    return images.astype(np.float32) / 127.5 - 1
-
-
-def to_uint8(images: Any) -> Any:
-    """Floats to uint8, of numpy or jax: clipped to [-1, 1] and rounded to the nearest value."""
-    return ((images.astype(np.float32) + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
-
-
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     order = np.random.default_rng((seed, epoch)).permutation(n)
@@ -164,7 +149,7 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def _slice(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
-    """Where a process's part of a global batch begins and ends."""
+    """Returns where a process's part of a global batch begins and ends."""
     if batch_size < 1 or batch_size % process_count:
         raise InputError(
             f"batch_size = {batch_size}: must be a multiple of the number of processes, "

@@ -85,7 +85,7 @@ def _manual_folder(builder: Any, downloads: Path, manual_dir: str | Path | None)
 
 
 def _is_here(builder: Any, url: str, downloads: Path, manual: Path) -> bool:
-    """Whether tfds will find the file, given by the user or downloaded before."""
+    """Returns whether tfds will find the file, given by the user or downloaded before."""
     from tensorflow_datasets.core.download import resource
 
     known = (builder.url_infos or {}).get(url)
@@ -95,7 +95,7 @@ def _is_here(builder: Any, url: str, downloads: Path, manual: Path) -> bool:
 
 
 def _check_requirements(builder: Any, name: str, manual: Path) -> None:
-    """Of a set that only tfds' own code can prepare."""
+    """Raises InputError for a set that only tfds' own code can prepare, without its packages."""
     instructions = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
     if instructions and not (manual.is_dir() and any(manual.iterdir())):
         raise InputError(
@@ -129,7 +129,8 @@ def _check_network(urls: list[str], builder: Any, name: str, downloads: Path) ->
 
 
 def _unreachable(url: str, seconds: float = 4.0) -> str:
-    """Why a server does not answer, or ''. In a thread, since looking a name up has no time-out."""
+    """Returns why a server does not answer, or ''. In a thread, since looking a name up has no
+    time-out."""
     answer = [f"no answer in {seconds:g} seconds"]
 
     def ask() -> None:
@@ -149,7 +150,7 @@ def _unreachable(url: str, seconds: float = 4.0) -> str:
 
 
 def _explained(error: Exception, name: str, place: str, manual: Path) -> InputError | None:
-    """What the user can mend; None for what looks like a fault of ours or of tfds."""
+    """Returns what the user can mend; None for what looks like a fault of ours or of tfds."""
     from tensorflow_datasets.core.download import download_manager, util
 
     line = first_line(error).rstrip(":")
@@ -164,7 +165,7 @@ def _explained(error: Exception, name: str, place: str, manual: Path) -> InputEr
 
 
 def main() -> int:
-    """The command line: 0, or 2 with one line of error."""
+    """Runs the command line: 0, or 2 with one line of error."""
     parser = argparse.ArgumentParser(prog="python -m ddpm.data.prepare", description=__doc__)
     parser.add_argument("name", help="of the tfds set, such as cifar10 or celeb_a_hq/256")
     parser.add_argument("--data_dir", help="where to put it; by default where tfds does")

@@ -1,4 +1,4 @@
-"""Where images come from: random access over uint8 images, whatever holds them.
+"""Sources of images: random access over uint8 images, whatever holds them.
 
 digits and npz make sources; so do folder and tfds, in modules of their own.
 """
@@ -83,7 +83,8 @@ class EncodedSource:
 
 
 def digits(split: str = "all") -> ArraySource:
-    """The 1797 handwritten digits of UCI, 8x8 grey pixels, embedded (see DIGITS.md); 10 classes.
+    """Returns the 1797 handwritten digits of UCI, 8x8 grey pixels, embedded (see DIGITS.md); 10
+    classes.
 
     The split 'test' is every fifth of each class, 'train' the others. Raises InputError for any
     other.
@@ -100,7 +101,8 @@ def digits(split: str = "all") -> ArraySource:
 
 
 def npz(path: str | Path, split: str = "") -> ArraySource:
-    """The arrays of an .npz: images, uint8[n, H, W] or [n, H, W, 1 or 3]; labels, integers[n].
+    """Returns the arrays of an .npz: images, uint8[n, H, W] or [n, H, W, 1 or 3]; labels,
+    integers[n].
 
     The names may be images and labels, image and label, arr_0 and arr_1, or, with a split,
     x_<split> and y_<split>; labels may be missing. Raises InputError naming what was found.
@@ -135,7 +137,8 @@ def npz(path: str | Path, split: str = "") -> ArraySource:
 
 
 def decoded_once(source: Source, name: str, key: Mapping[str, Any], memory_budget: int) -> Source:
-    """The same source over a memory-mapped cache of its decoded images, if within the budget."""
+    """Returns the same source over a memory-mapped cache of its decoded images, if within the
+    budget."""
     if len(source) * int(np.prod(source.image_shape)) > memory_budget:
         return source
 
@@ -169,7 +172,8 @@ def _load_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _memory_mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
-    """A member of an .npz where it lies in the file; None where it is compressed or no plain array.
+    """Returns a member of an .npz where it lies in the file; None where it is compressed or no
+    plain array.
 
     So a set larger than the memory can be read from.
     """
@@ -188,7 +192,7 @@ def _memory_mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
 
 
 def in_blocks(n: int, name: str) -> Iterator[np.ndarray]:
-    """range(n) in blocks, with a bar on a terminal."""
+    """Yields range(n) in blocks, with a bar on a terminal."""
     with tqdm(total=n, desc=f"decoding {name}", unit="image", leave=False, disable=None) as bar:
         for start in range(0, n, _BLOCK):
             indices = np.arange(start, min(start + _BLOCK, n))
@@ -197,12 +201,13 @@ def in_blocks(n: int, name: str) -> Iterator[np.ndarray]:
 
 
 def mapped(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
+    """Applies a function to all items in order, by threads where there are cores for them."""
     pool = _pool()
     return map(function, items) if pool is None else pool.map(function, items)
 
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor | None:
-    """None on one or two cores, where threads only get in each other's way."""
+    """Returns None on one or two cores, where threads only get in each other's way."""
     cores = os.cpu_count() or 1
     return ThreadPoolExecutor(min(cores, 16), "ddpm-decode") if cores > 2 else None

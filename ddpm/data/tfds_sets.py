@@ -19,7 +19,8 @@ def tfds(
     *,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Source:
-    """A set by its name, 'cifar10' or 'celeb_a_hq/256', prepared first where it is not yet there.
+    """Returns a set by its name, 'cifar10' or 'celeb_a_hq/256', prepared first where it is not yet
+    there.
 
     split is one of the set's, or what tfds makes of them: 'train[:10%]', 'train+test'. data_dir is
     the folder that holds (or will hold) <name>/<version>; by default tfds' own. The feature 'image'
@@ -90,7 +91,8 @@ def _read(
 def _features(
     builder: Any, name: str, image_size: tuple[int, int] | None
 ) -> tuple[tuple[int, int, int], Any]:
-    """The images' shape, and tfds' features cut down to 'image' and, where it is one, 'label'."""
+    """Returns the images' shape, and tfds' features cut down to 'image' and, where it is one,
+    'label'."""
     kinds = catalogue.import_tfds().features
     whole = builder.info.features
     features = dict(whole.items()) if isinstance(whole, kinds.FeaturesDict) else {}
@@ -112,7 +114,7 @@ def _features(
 
 
 def _check_files(builder: Any, instructions: Any) -> None:
-    """A copy that was broken off: tfds looks at dataset_info.json only."""
+    """Raises InputError for a copy that was broken off: tfds looks at dataset_info.json only."""
     for instruction in instructions:
         if not Path(instruction.filename).is_file():
             raise InputError(

@@ -8,22 +8,27 @@ G_t = E |eps_hat(x_t, t)|^2 / D is measured once on data. G = 1 gives `fixed_sma
 import jax
 import jax.numpy as jnp
 
-from ddpm.diffusion.gaussian import fixed_small, posterior_coefficients, q_sample
-from ddpm.diffusion.keys import normal, one_each
-from ddpm.diffusion.losses import per_example_mean
+from ddpm.diffusion.gaussian import (
+    fixed_small,
+    per_example_mean,
+    posterior_coefficients,
+    q_sample,
+)
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.streams import keys_per_example, normal
 from ddpm.diffusion.variances import ReverseVariance
 
 
 def second_moments(
     schedule: NoiseSchedule, denoiser: Denoiser, x_0: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """G_t of t = 0..T, float32[T + 1], a mean over the examples; 0 at t = 0, where it has no use.
+    """Returns G_t of t = 0..T, float32[T + 1], a mean over the examples; 0 at t = 0, where it is
+    not used.
 
     T calls of the denoiser, which must not be clipped. x_0 is [B, ...]; key: one, or B.
     """
-    keys = one_each(key, len(x_0))
+    keys = keys_per_example(key, len(x_0))
 
     def at(t: jax.Array) -> jax.Array:
         x_t = q_sample(schedule, x_0, t, normal(keys, t, x_0.shape[1:]))
@@ -35,7 +40,7 @@ def second_moments(
 
 
 def analytic(moments: jax.Array, *, most: float = 1.0) -> ReverseVariance:
-    """The optimal variance by `second_moments`, as a log, for any s < t (their Eq. 8).
+    """Returns the optimal variance by `second_moments`, as a log, for any s < t (their Eq. 8).
 
     E Var[x_0 | x_t] is cut at `most`, the greatest that data in [-1, 1] can have; at s = 0 it is
     that of `fixed_small`. Between whole times the moments are linear.

@@ -22,7 +22,7 @@ from ddpm.diffusion.schedules import (
 
 
 class ContinuousSchedule(NamedTuple):
-    """log_snr(t) of any shape, falling over [0, 1]. Of a NumPy array it is NumPy's, in float64."""
+    """A schedule of log_snr(t), of any shape, falling over [0, 1]. NumPy in, NumPy float64 out."""
 
     log_snr: Callable[[Any], Any]
 
@@ -32,21 +32,21 @@ class ContinuousSchedule(NamedTuple):
         return 0.0, 1.0
 
     def at(self, t: jax.typing.ArrayLike) -> LogSNR:
-        """Log-SNR at times t, in the shape of t; not checked to be in [0, 1]."""
+        """Returns the log-SNR at times t, in the shape of t; not checked to be in [0, 1]."""
         high = self.log_snr(jnp.asarray(t, jnp.float32))
         return LogSNR(high, jnp.zeros_like(high))
 
     def between(self, s: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> Transition:
-        """The forward transition for times s < t."""
+        """Returns the forward transition for times s < t."""
         return Transition(self.at(s), self.at(t))
 
     def slope(self, t: jax.typing.ArrayLike) -> jax.Array:
-        """d log_snr / dt < 0, in the shape of t."""
+        """Returns d log_snr / dt < 0, in the shape of t."""
         t = jnp.asarray(t, jnp.float32)
         return jax.jvp(self.log_snr, (t,), (jnp.ones_like(t),))[1]
 
     def time_of(self, log_snr: jax.typing.ArrayLike) -> jax.Array:
-        """The time of a log-SNR: `at` inverted, by bisection. Beyond, the nearer end."""
+        """Returns the time of a log-SNR: `at` inverted, by bisection. Beyond, the nearer end."""
         log_snr = jnp.asarray(log_snr, jnp.float32)
 
         def halve(_: Any, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -60,7 +60,7 @@ class ContinuousSchedule(NamedTuple):
         return (low + high) / 2
 
     def ends_without_signal(self) -> bool:
-        """Whether alpha at t = 1 is 0 in float32; not told of a schedule that is being traced."""
+        """Returns whether alpha at t = 1 is 0 in float32; False under tracing."""
         last = self.log_snr(np.ones(()))
         if isinstance(last, jax.core.Tracer):
             return False
@@ -68,7 +68,8 @@ class ContinuousSchedule(NamedTuple):
 
 
 def linear(log_snr_0: float = 13.3, log_snr_1: float = -5.0) -> ContinuousSchedule:
-    """Log-SNR falls linearly; the end points are those that VDM begins with (Kingma et al. 2021).
+    """Returns log-SNR that falls linearly, by default between the ends that VDM starts from (Kingma
+    et al. 2021).
 
     Raises ValueError unless it falls.
     """
@@ -77,7 +78,8 @@ def linear(log_snr_0: float = 13.3, log_snr_1: float = -5.0) -> ContinuousSchedu
 
 
 def linear_beta(beta_0: float = 0.1, beta_1: float = 20.0) -> ContinuousSchedule:
-    """beta(t) rises linearly: the variance-preserving SDE of Song et al. (2021), the paper's limit.
+    """Returns the schedule whose beta(t) rises linearly: the variance-preserving SDE of Song et al.
+    (2021), the paper's limit.
 
     -log alpha_bar = beta_0 t + (beta_1 - beta_0) t^2/2, so that log_snr is +inf at t = 0.
     """
@@ -90,7 +92,8 @@ def linear_beta(beta_0: float = 0.1, beta_1: float = 20.0) -> ContinuousSchedule
 
 
 def cosine(log_snr_0: float = 15.0, log_snr_1: float = -15.0) -> ContinuousSchedule:
-    """alpha = cos of an angle that grows linearly: log_snr = -2 log tan(a + (b - a) t).
+    """Returns the schedule with alpha = cos of an angle that grows linearly: log_snr = -2 log tan(a
+    + (b - a) t).
 
     The cosine cut off at both ends (Hoogeboom et al. 2023). Raises ValueError unless it falls.
     """
@@ -110,7 +113,8 @@ def cosine(log_snr_0: float = 15.0, log_snr_1: float = -15.0) -> ContinuousSched
 
 
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> ContinuousSchedule:
-    """sigma/alpha grows as its rho-th root does, linearly (Karras et al. 2022, Eq. 5).
+    """Returns the schedule whose sigma/alpha grows as its rho-th root does, linearly (Karras et al.
+    2022, Eq. 5).
 
     Raises ValueError unless 0 < sigma_min < sigma_max and rho > 0.
     """
@@ -125,13 +129,13 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> 
 def shifted(
     schedule: ContinuousSchedule, resolution: int, *, reference: int = 64
 ) -> ContinuousSchedule:
-    """The schedule for images of another resolution, by `schedules.resolution_shift`."""
+    """Returns the schedule for images of another resolution, by `schedules.resolution_shift`."""
     shift = resolution_shift(resolution, reference)
     return ContinuousSchedule(lambda t: schedule.log_snr(t) + shift)
 
 
 def table(schedule: ContinuousSchedule, num_steps: int) -> NoiseSchedule:
-    """The schedule as a table of T = num_steps >= 2 noise levels, evenly spread in time.
+    """Returns the schedule as a table of T = num_steps >= 2 noise levels, evenly spread in time.
 
     From t = 0, where the log-SNR is finite there; else from 1/T. To t = 1 in any case.
     """
@@ -159,7 +163,8 @@ class MonotoneLogSNR(NamedTuple):
 def init_learned(
     log_snr_0: float = 13.3, log_snr_1: float = -5.0, *, num_units: int = 64
 ) -> MonotoneLogSNR:
-    """To begin with: nearly linear between the ends. Raises ValueError unless it falls."""
+    """Returns parameters to start from, nearly linear between the ends. Raises ValueError unless it
+    falls."""
     _falls(log_snr_0, log_snr_1)
     # Types are named: of a weak type, it would not be what comes out of a training step, and the
     # second step would be compiled anew.
@@ -173,7 +178,7 @@ def init_learned(
 
 
 def learned(parameters: MonotoneLogSNR) -> ContinuousSchedule:
-    """The schedule of these parameters, which gradients flow into.
+    """Returns the schedule of these parameters, through which gradients flow.
 
     It falls whatever the shape is, as long as log_snr_0 > log_snr_1: the ends are not held apart.
     """
@@ -185,7 +190,8 @@ def learned(parameters: MonotoneLogSNR) -> ContinuousSchedule:
         height, half = (xp.logaddexp(x, 0.0) / 2 for x in (p.height, p.sharpness))
 
         def rise(t: Any) -> Any:
-            """From 0 at t = 0, unit by unit: those that do not change in 0..1 cost no digits."""
+            """Returns the rise from 0 at t = 0, unit by unit, so that units that do not change in
+            0..1 cost no digits."""
             units = xp.tanh(half * (t[..., None] - p.place)) + xp.tanh(half * p.place)
             return t + (height * units).sum(axis=-1)
 
@@ -210,15 +216,15 @@ class Levels(NamedTuple):
         return 0.0, 1.0
 
     def at(self, t: jax.typing.ArrayLike) -> LogSNR:
-        """Log-SNR at the times."""
+        """Returns the log-SNR at the times."""
         return LogSNR(self.log_snr, jnp.zeros_like(self.log_snr))
 
     def slope(self, t: jax.typing.ArrayLike) -> jax.Array:
-        """d log_snr / dt at the times."""
+        """Returns d log_snr / dt at the times."""
         return self.rate
 
     def ends_without_signal(self) -> bool:
-        """Not told."""
+        """Returns False: the levels of one batch do not tell."""
         return False
 
 
@@ -236,7 +242,7 @@ def learned_gradients(
     parameters: MonotoneLogSNR,
     t: jax.Array,
 ) -> LearnedGradients:
-    """What to descend by when the schedule is learned (Kingma et al. 2021).
+    """Returns the gradients that learn a schedule together with the network (Kingma et al. 2021).
 
     The network and the end points descend the mean loss. The shape between, on which its
     expectation does not depend, descends its variance, that is the mean of the squared loss:

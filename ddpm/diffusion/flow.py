@@ -23,15 +23,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ddpm.diffusion.gaussian import fixed_large, q_sample
-from ddpm.diffusion.keys import normal, one_each
-from ddpm.diffusion.likelihood import BITS_PER_NAT, ReverseVariance, decoder_nll
-from ddpm.diffusion.losses import per_example_mean
+from ddpm.diffusion import streams
+from ddpm.diffusion.bound_terms import BITS_PER_NAT, decoder_nll
+from ddpm.diffusion.gaussian import fixed_large, per_example_mean, q_sample
+from ddpm.diffusion.pixels import HALF_BIN
 from ddpm.diffusion.predictions import Denoiser
-from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.schedules import NoiseSchedule, require_signal
+from ddpm.diffusion.streams import keys_per_example, normal
+from ddpm.diffusion.variances import ReverseVariance
 
 MAX_STEPS = 10_000
-_NOISE, _PROBE = 1, 2  # streams of an example's key
+NO_END = "so that its probability flow has no end in log-SNR"
 
 
 class Flow(NamedTuple):
@@ -68,7 +70,7 @@ def transport(
     *,
     tolerance: float = 1e-4,
 ) -> Transported:
-    """x_t along the probability flow to time s, down or up: the way back gives x_t again.
+    """Moves x_t along the probability flow to time s, down or up; the way back gives x_t again.
 
     Args:
       x_t: [B, ...]. t, s: scalars within 1..T, whole or not, not equal.
@@ -76,7 +78,7 @@ def transport(
 
     Raises ValueError for a schedule without signal at T.
     """
-    _check_ends(schedule)
+    require_signal(schedule, NO_END)
 
     def velocity(u: Any, x: jax.Array, _: Any) -> jax.Array:
         sigma = jnp.sqrt(jax.nn.sigmoid(2 * u))
@@ -99,7 +101,7 @@ def log_density(
     *,
     tolerance: float = 1e-5,
 ) -> Flow:
-    """log p(x_1) under the model's probability flow, x_1 at the noise level t = 1.
+    """Returns log p(x_1) under the model's probability flow, x_1 at the noise level t = 1.
 
     Args:
       denoiser: called at fractional t too; differentiated once.
@@ -112,17 +114,17 @@ def log_density(
 
     Raises ValueError for a schedule without signal at T, where u is infinite.
     """
-    _check_ends(schedule)
+    require_signal(schedule, NO_END)
     x_1 = jnp.asarray(x_1, jnp.float32)
     shape = x_1.shape
     probe = None
     if key is not None:
         signs = jax.vmap(
             lambda key: jax.random.rademacher(
-                jax.random.fold_in(key, _PROBE), shape[1:], jnp.float32
+                jax.random.fold_in(key, streams.FLOW_PROBE), shape[1:], jnp.float32
             )
         )
-        probe = signs(one_each(key, shape[0]))
+        probe = signs(keys_per_example(key, shape[0]))
 
     def velocity(u: Any, y: Any, _: Any) -> tuple[jax.Array, jax.Array]:
         sigma = jnp.sqrt(jax.nn.sigmoid(2 * u))
@@ -135,7 +137,8 @@ def log_density(
         return sigma * (value - sigma * y[0]), sigma * (trace - sigma)
 
     def worst(error: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Of the examples' root mean squares: an average would hide one that goes astray."""
+        """Returns the largest root mean square of the examples: an average would hide a single bad
+        one."""
         of_x = jnp.sqrt(per_example_mean(error[0] ** 2))
         return jnp.maximum(of_x, jnp.abs(error[1])).max()
 
@@ -146,11 +149,6 @@ def log_density(
     return Flow(prior + divergence, x_last, calls)
 
 
-def _check_ends(schedule: NoiseSchedule) -> None:
-    if schedule.ends_without_signal():
-        raise ValueError("the schedule leaves no signal at t = T: its flow has no end in log-SNR")
-
-
 def _solve(
     velocity: Callable[[Any, Any, Any], Any],
     first: jax.Array,
@@ -159,8 +157,8 @@ def _solve(
     tolerance: float,
     norm: Callable[[Any], jax.Array],
 ) -> tuple[Any, jax.Array]:
-    """What `start` becomes over u = log(sigma / alpha) from first to last, up or down, NaN where
-    the solver gave up; and how often the denoiser was called."""
+    """Returns what `start` becomes over u = log(sigma / alpha) from first to last, up or down (NaN
+    where the solver gave up), and how often the denoiser was called."""
     import diffrax  # a third of the time that importing all of this library takes
 
     solution = diffrax.diffeqsolve(
@@ -184,7 +182,7 @@ def _solve(
 def _with_trace(
     eps: Callable[[jax.Array], jax.Array], x: jax.Array, probe: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """eps(x) and tr(d eps / d x) / D of each example, exact without a probe."""
+    """Returns eps(x) and tr(d eps / d x) / D of each example, exact without a probe."""
     if probe is not None:
         value, derivative = jax.jvp(eps, (x,), (probe,))
         return value, per_example_mean(probe * derivative)
@@ -208,16 +206,20 @@ def dequantised_bits_per_dim(
     exact_trace: bool = False,
     tolerance: float = 1e-5,
 ) -> FlowBits:
-    """-log2 p(x_0 + u) - log2(2/255), u uniform over the bin of an 8-bit value: [-1, 1]/255.
+    """Returns -log2 p(x_0 + u) - log2(2/255), u uniform over the bin of an 8-bit value: [-1,
+    1]/255.
 
     Args:
       x_0: 8-bit data as k/127.5 - 1, [B, ...].
       key: one key or B; draws u and the probe.
     """
-    keys = one_each(key, len(x_0))
+    keys = keys_per_example(key, len(x_0))
     draw = jax.vmap(
         lambda key: jax.random.uniform(
-            jax.random.fold_in(key, _NOISE), x_0.shape[1:], minval=-1 / 255, maxval=1 / 255
+            jax.random.fold_in(key, streams.FLOW_NOISE),
+            x_0.shape[1:],
+            minval=-HALF_BIN,
+            maxval=HALF_BIN,
         )
     )
     log_alpha = -0.5 * jax.nn.softplus(-schedule.log_snr[1])
@@ -228,7 +230,7 @@ def dequantised_bits_per_dim(
         None if exact_trace else keys,
         tolerance=tolerance,
     )
-    nats = -(flow.log_density + log_alpha) - jnp.log(2 / 255)
+    nats = -(flow.log_density + log_alpha) - jnp.log(2 * HALF_BIN)
     return FlowBits(nats * BITS_PER_NAT, flow.evaluations)
 
 
@@ -242,12 +244,13 @@ def decoded_bits_per_dim(
     tolerance: float = 1e-5,
     variance: ReverseVariance = fixed_large,
 ) -> FlowBits:
-    """-log p(x_1) + log q(x_1 | x_0) + L_0 with x_1 ~ q(x_1 | x_0): the gap at t = 1 is coded too.
+    """Returns -log p(x_1) + log q(x_1 | x_0) + L_0 with x_1 ~ q(x_1 | x_0): the gap at t = 1 is
+    coded too.
 
-    Arguments as in `dequantised_bits_per_dim`; `variance` as in `likelihood.decoder_nll`.
+    Arguments as in `dequantised_bits_per_dim`; `variance` as in `decoder_nll`.
     """
-    keys = one_each(key, len(x_0))
-    eps = normal(keys, _NOISE, x_0.shape[1:])
+    keys = keys_per_example(key, len(x_0))
+    eps = normal(keys, streams.FLOW_NOISE, x_0.shape[1:])
     t = jnp.ones((), int)
     x_1 = q_sample(schedule, x_0, t, eps)
     flow = log_density(schedule, denoiser, x_1, None if exact_trace else keys, tolerance=tolerance)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ddpm.diffusion.pixels import HALF_BIN
 from ddpm.diffusion.schedules import NoiseSchedule, Schedule, Transition
 
 
@@ -20,8 +21,9 @@ class Gaussian(NamedTuple):
     log_variance: jax.Array
 
 
-def lift(coefficient: jax.Array, x: jax.Array) -> jax.Array:
-    """A per-example coefficient [B] as [B, 1, ...], to multiply x [B, ...]; a scalar stays one."""
+def expand_like(coefficient: jax.Array, x: jax.Array) -> jax.Array:
+    """Reshapes a per-example coefficient [B] to [B, 1, ...], to multiply x [B, ...]; a scalar stays
+    one."""
     coefficient = jnp.asarray(coefficient)
     if coefficient.ndim > 1 or (coefficient.ndim and coefficient.shape[0] != x.shape[0]):
         raise ValueError(
@@ -42,15 +44,15 @@ def same_shape(**arrays: jax.Array) -> None:
 
 
 def per_example_mean(x: jax.Array) -> jax.Array:
-    """The mean over all axes but the first, in float32: [B, ...] -> [B]."""
+    """Returns the mean over all axes but the first, in float32: [B, ...] -> [B]."""
     return jnp.mean(x, axis=range(1, x.ndim), dtype=jnp.float32)
 
 
 def q_sample(schedule: Schedule, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
-    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Eq. 4); x_0 itself at t = 0."""
+    """Returns x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Eq. 4); x_0 at t = 0."""
     same_shape(x_0=x_0, eps=eps)
     level = schedule.at(t)
-    return lift(level.alpha, x_0) * x_0 + lift(level.sigma, x_0) * eps
+    return expand_like(level.alpha, x_0) * x_0 + expand_like(level.sigma, x_0) * eps
 
 
 def q_step(
@@ -61,18 +63,19 @@ def q_step(
     *,
     s: jax.Array | None = None,
 ) -> jax.Array:
-    """x_t ~ q(x_t | x_s), s < t: sqrt(1 - beta_{t|s}) x_s + sqrt(beta_{t|s}) eps (Eq. 2).
+    """Draws x_t ~ q(x_t | x_s), s < t: sqrt(1 - beta_{t|s}) x_s + sqrt(beta_{t|s}) eps (Eq. 2).
 
     s is t - 1 if left out; from s = 0 it is `q_sample`. NaN for s > t.
     """
     same_shape(x_s=x_s, eps=eps)
     t = jnp.asarray(t)
     step = schedule.between(t - 1 if s is None else jnp.asarray(s), t)
-    return lift(step.alpha, x_s) * x_s + lift(jnp.sqrt(step.beta), x_s) * eps
+    return expand_like(step.alpha, x_s) * x_s + expand_like(jnp.sqrt(step.beta), x_s) * eps
 
 
 def posterior_coefficients(step: Transition) -> tuple[jax.Array, jax.Array]:
-    """Of x_0 and of x_t in the mean of q(x_s | x_t, x_0) (Eq. 7, any s < t); (1, 0) for s = 0."""
+    """Returns the coefficients of x_0 and x_t in the mean of q(x_s | x_t, x_0) (Eq. 7, any s < t);
+    (1, 0) for s = 0."""
     of_x_0 = step.s.alpha * step.snr_loss
     # sigma_s^2 alpha_{t|s} / sigma_t^2 without the alphas, of which one may be 0.
     of_x_t = step.s.sigma / step.t.sigma * jnp.exp(-step.log_snr_drop / 2)
@@ -87,7 +90,7 @@ def q_posterior(
     *,
     s: jax.Array | None = None,
 ) -> Gaussian:
-    """q(x_s | x_t, x_0) for s < t; s is t - 1 if left out (Eqs. 6 and 7). NaN for s > t.
+    """Returns q(x_s | x_t, x_0) for s < t; s is t - 1 if left out (Eqs. 6 and 7). NaN for s > t.
 
     At s = 0 the variance is 0 and the log-variance that of `fixed_small`, which is finite.
     """
@@ -97,14 +100,15 @@ def q_posterior(
     step = schedule.between(s, t)
     of_x_0, of_x_t = posterior_coefficients(step)
     return Gaussian(
-        mean=lift(of_x_0, x_0) * x_0 + lift(of_x_t, x_t) * x_t,
-        variance=lift(step.posterior_variance, x_0),
-        log_variance=lift(fixed_small(schedule, t, s=s), x_0),
+        mean=expand_like(of_x_0, x_0) * x_0 + expand_like(of_x_t, x_t) * x_t,
+        variance=expand_like(step.posterior_variance, x_0),
+        log_variance=expand_like(fixed_small(schedule, t, s=s), x_0),
     )
 
 
 def fixed_small(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = None) -> jax.Array:
-    """Log of the reverse variance beta-tilde, that of q(x_s | x_t, x_0); in the shape of t.
+    """Returns the log of the reverse variance beta-tilde, that of q(x_s | x_t, x_0); in the shape
+    of t.
 
     Optimal for x_0 a single point (Section 3.2). At s = 0, where it would be log 0, it is the one
     of the step before in a chain of equal strides, from 2t to t (the authors clip so: at t = 1 it
@@ -120,7 +124,7 @@ def fixed_small(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = 
 
 
 def fixed_large(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = None) -> jax.Array:
-    """Log of the reverse variance beta_{t|s}, optimal for x_0 ~ N(0, I) (Section 3.2).
+    """Returns the log of the reverse variance beta_{t|s}, optimal for x_0 ~ N(0, I) (Section 3.2).
 
     In the shape of t. At s = 0 it is that of `fixed_small`, as in the authors' code.
     """
@@ -133,13 +137,14 @@ def fixed_large(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = 
 def normal_kl(
     mean_1: jax.Array, log_variance_1: jax.Array, mean_2: jax.Array, log_variance_2: jax.Array
 ) -> jax.Array:
-    """KL(N(mean_1, e^log_variance_1) || N(mean_2, e^log_variance_2)) in nats, elementwise >= 0."""
+    """Returns KL(N(mean_1, e^log_variance_1) || N(mean_2, e^log_variance_2)) in nats, elementwise
+    >= 0."""
     d = jnp.asarray(log_variance_1 - log_variance_2)
     return 0.5 * (_expm1_minus(d) + (mean_1 - mean_2) ** 2 * jnp.exp(-log_variance_2))
 
 
 def _expm1_minus(d: jax.Array) -> jax.Array:
-    """e^d - 1 - d, without the cancellation near 0 (where it is d^2/2)."""
+    """Returns e^d - 1 - d, without the cancellation near 0 (where it is d^2/2)."""
     small = jnp.abs(d) < 0.5
     near = jnp.where(small, d, 0.0)
     series = jnp.ones_like(near)
@@ -151,7 +156,8 @@ def _expm1_minus(d: jax.Array) -> jax.Array:
 def decoder_log_likelihood(
     x_0: jax.Array, mean: jax.Array, log_variance: jax.Array, *, floor: float = 1e-12
 ) -> jax.Array:
-    """Log-probability of 8-bit data under N(mean, e^log_variance) cut into bins (Eq. 13).
+    """Returns the log-probability of 8-bit data under N(mean, e^log_variance) cut into bins (Eq.
+    13).
 
     Args:
       x_0: the data, k/127.5 - 1 for k in 0..255. Each bin is 2/255 wide, with the data point in its
@@ -162,7 +168,7 @@ def decoder_log_likelihood(
     Returns:
       Nats, elementwise, in the shape of x_0.
     """
-    half = 1 / 255
+    half = HALF_BIN
     inverse_std = jnp.exp(-0.5 * log_variance)
     centred = x_0 - mean
     upper = (centred + half) * inverse_std
@@ -183,7 +189,7 @@ def decoder_log_likelihood(
 def _log_ndtr_difference(
     middle: jax.Array, lower: jax.Array, upper: jax.Array, width: jax.Array
 ) -> jax.Array:
-    """log(Phi(upper) - Phi(lower)), precise in both tails and for narrow bins."""
+    """Returns log(Phi(upper) - Phi(lower)), precise in both tails and for narrow bins."""
     # In the left tail, where log Phi is precise; the difference is symmetric.
     right = middle > 0
     high, low = jnp.where(right, -lower, upper), jnp.where(right, -upper, lower)

@@ -13,21 +13,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ddpm.diffusion.bound_terms import BITS_PER_NAT, decoder_nll, prior_kl, step_kl
 from ddpm.diffusion.gaussian import (
     decoder_log_likelihood,
+    expand_like,
     fixed_large,
-    lift,
     normal_kl,
     per_example_mean,
     posterior_coefficients,
     q_sample,
     same_shape,
 )
-from ddpm.diffusion.likelihood import BITS_PER_NAT, decoder_nll, prior_kl, step_kl
+from ddpm.diffusion.loss_weights import Weight, on_v
 from ddpm.diffusion.predictions import Denoiser, Prediction, to_score, to_v
 from ddpm.diffusion.schedules import NoiseSchedule, Schedule
 from ddpm.diffusion.variances import ReverseVariance
-from ddpm.diffusion.weights import Weight, on_v
 
 # Of the difference of two predictions at one x_t, the truth and the network's: [B, ...]. All are
 # linear in it, so what x_t adds to v, score and mean cancels.
@@ -36,12 +36,12 @@ Criterion = Callable[[Schedule, jax.Array, Prediction], jax.Array]
 
 
 def of_eps(schedule: Schedule, t: jax.Array, error: Prediction) -> jax.Array:
-    """The error of eps."""
+    """Returns the error of eps."""
     return error.eps
 
 
 def of_x_0(schedule: Schedule, t: jax.Array, error: Prediction) -> jax.Array:
-    """The error of x_0."""
+    """Returns the error of x_0."""
     return error.x_0
 
 
@@ -50,13 +50,15 @@ of_score: Target = to_score
 
 
 def of_posterior_mean(schedule: Schedule, t: jax.Array, error: Prediction) -> jax.Array:
-    """The error of the mean of q(x_{t-1} | x_t, x_0), which is that of x_0 times a coefficient."""
+    """Returns the error of the mean of q(x_{t-1} | x_t, x_0), which is that of x_0 times a
+    coefficient."""
     share, _ = posterior_coefficients(schedule.between(t - 1, t))
-    return lift(share, error.x_0) * error.x_0
+    return expand_like(share, error.x_0) * error.x_0
 
 
 def huber(delta: float = 1.0) -> Callable[[jax.Array], jax.Array]:
-    """e^2/2 up to |e| = delta, linear beyond (Huber 1964). Raises ValueError unless delta > 0."""
+    """Returns e -> e^2/2 up to |e| = delta, linear beyond (Huber 1964). Raises ValueError unless
+    delta > 0."""
     if not delta > 0:
         raise ValueError(f"delta = {delta}: must be > 0")
     return lambda e: jnp.where(jnp.abs(e) < delta, e**2 / 2, delta * (jnp.abs(e) - delta / 2))
@@ -65,12 +67,13 @@ def huber(delta: float = 1.0) -> Callable[[jax.Array], jax.Array]:
 def distance(
     target: Target = of_eps, of: Callable[[jax.Array], jax.Array] = jnp.square
 ) -> Criterion:
-    """The mean over dimensions of e^2, e the error; or of |e| with `jnp.abs`; or `huber()`."""
+    """Returns the criterion of the mean over dimensions of e^2, e the error; of |e| with `jnp.abs`;
+    or of `huber()`."""
     return lambda schedule, t, error: per_example_mean(of(target(schedule, t, error)))
 
 
 def weighted(weight: Weight, *, over_log_snr: bool = False) -> Criterion:
-    """weight(log_snr) |x_0 - x_0_hat|^2, the mean over dimensions.
+    """Returns the criterion weight(log_snr) |x_0 - x_0_hat|^2, the mean over dimensions.
 
     With `over_log_snr` the weight is that of an integral over log-SNR, on which the schedule has no
     say but for its ends: times -d log_snr/dt and the length of the time, as t is drawn uniformly;
@@ -82,10 +85,10 @@ def weighted(weight: Weight, *, over_log_snr: bool = False) -> Criterion:
         # By way of v, which neither divides by alpha nor by sigma what was not divided before.
         factor = on_v(weight, schedule.at(t).high)
         if over_log_snr:
-            factor *= _per_time(schedule, t)
+            factor *= _log_snr_jacobian(schedule, t)
         error_of_v = of_v(schedule, t, error)
         # Weighted before it is squared: where a weight vanishes the error may be beyond measure.
-        return per_example_mean((lift(jnp.sqrt(factor), error_of_v) * error_of_v) ** 2)
+        return per_example_mean((expand_like(jnp.sqrt(factor), error_of_v) * error_of_v) ** 2)
 
     return criterion
 
@@ -98,7 +101,8 @@ def regression(
     eps: jax.Array,
     criterion: Criterion | None = None,
 ) -> jax.Array:
-    """The criterion of (the truth - the prediction) at x_t; `distance()`, L_simple, if left out."""
+    """Returns the criterion of (the truth - the prediction) at x_t; `distance()`, L_simple, if left
+    out."""
     _, t, prediction = _predict(schedule, denoiser, x_0, t, eps)
     return (criterion or distance())(schedule, t, _error(x_0, eps, prediction))
 
@@ -106,7 +110,7 @@ def regression(
 def simple(
     schedule: Schedule, denoiser: Denoiser, x_0: jax.Array, t: jax.Array, eps: jax.Array
 ) -> jax.Array:
-    """L_simple (Eq. 14): |eps - eps_hat(x_t, t)|^2, the mean over dimensions."""
+    """Returns L_simple (Eq. 14): |eps - eps_hat(x_t, t)|^2, the mean over dimensions."""
     return regression(schedule, denoiser, x_0, t, eps)
 
 
@@ -120,7 +124,7 @@ def bound(
     variance: ReverseVariance = fixed_large,
     floor: float = 1e-12,
 ) -> jax.Array:
-    """T L_{t-1} + L_T in bits/dim: with t uniform over 1..T its expectation is L (Eq. 5).
+    """Returns T L_{t-1} + L_T in bits/dim: with t uniform over 1..T its expectation is L (Eq. 5).
 
     At t = 1 the term is the decoder's, else a KL divergence. `variance` is of the reverse steps
     where the denoiser does not learn it, `floor` the decoder's least probability, below which there
@@ -141,11 +145,12 @@ def bound_term(
     variance: ReverseVariance = fixed_large,
     floor: float = 1e-12,
 ) -> jax.Array:
-    """L_{t-1} in bits/dim for t [B] in 1..T, by what is predicted of x_t; L_0 is the decoder's."""
+    """Returns L_{t-1} in bits/dim for t [B] in 1..T, from the prediction at x_t; L_0 is the
+    decoder's."""
     first = t == 1
     kl = step_kl(schedule, x_0, t, prediction, variance=variance)
     # What is not used must be harmless too: a gradient that is not finite, times 0, is not 0.
-    used = lift(first, x_0)
+    used = expand_like(first, x_0)
     at_first = Prediction(
         jnp.where(used, prediction.x_0, x_0),
         prediction.eps,
@@ -166,7 +171,8 @@ def hybrid(
     bound_weight: float = 1e-3,
     floor: float = 1e-12,
 ) -> jax.Array:
-    """A regression for the mean and, by bound_weight, the bound for the variance (IDDPM, Eq. 16).
+    """Returns a regression for the mean plus bound_weight times the bound for the variance (IDDPM,
+    Eq. 16).
 
     The bound is that of `bound`, T terms and L_T in bits/dim, and no gradient of it reaches the
     mean. Raises ValueError if the denoiser does not learn its variance.
@@ -184,7 +190,8 @@ def hybrid(
 def continuous_bound(
     schedule: Schedule, denoiser: Denoiser, x_0: jax.Array, t: jax.Array, eps: jax.Array
 ) -> jax.Array:
-    """The bound's steps as their number grows, in bits/dim: -1/2 d log_snr/dt |eps - eps_hat|^2.
+    """Returns the bound's steps in the limit of many, in bits/dim: -1/2 d log_snr/dt |eps -
+    eps_hat|^2.
 
     With t uniform between the schedule's ends (for a table that is 1..T, t fractional) its
     expectation is the diffusion loss of VDM (Kingma et al. 2021), the limit of
@@ -198,7 +205,8 @@ def continuous_bound(
 
 
 def ends_of_bound(schedule: Schedule, x_0: jax.Array, eps: jax.Array) -> jax.Array:
-    """What `continuous_bound` leaves out, L_T + L_0 in bits/dim, of a schedule's end points alone.
+    """Returns what `continuous_bound` leaves out, L_T + L_0 in bits/dim, from a schedule's end
+    points alone.
 
     L_T at the last time. The decoder, at the first, is N(x_t/alpha_t, sigma_t^2/alpha_t^2) cut into
     bins: no network is in it, so that end points can be learned by it (Kingma et al. 2021). x_0 is
@@ -206,16 +214,16 @@ def ends_of_bound(schedule: Schedule, x_0: jax.Array, eps: jax.Array) -> jax.Arr
     """
     first, last = (jnp.full(len(x_0), t, jnp.float32) for t in schedule.ends)
     level = schedule.at(last)
-    alpha, log_variance = lift(level.alpha, x_0), lift(level.log_sigma_squared, x_0)
+    alpha, log_variance = expand_like(level.alpha, x_0), expand_like(level.log_sigma_squared, x_0)
     prior = normal_kl(alpha * x_0, log_variance, jnp.zeros(()), jnp.zeros(()))
     # x_t/alpha_t = x_0 + sigma_t/alpha_t eps
-    log_snr = lift(schedule.at(first).high, x_0)
+    log_snr = expand_like(schedule.at(first).high, x_0)
     decoded = decoder_log_likelihood(x_0, x_0 + jnp.exp(-0.5 * log_snr) * eps, -log_snr)
     return BITS_PER_NAT * per_example_mean(prior - decoded)
 
 
-def _per_time(schedule: Schedule, t: jax.Array) -> jax.Array:
-    """By what the mean over uniform times is the integral over log-SNR between the ends, [B]."""
+def _log_snr_jacobian(schedule: Schedule, t: jax.Array) -> jax.Array:
+    """Turns a mean over uniform times into an integral over log-SNR between the ends, [B]."""
     first, last = schedule.ends
     if not jnp.issubdtype(t.dtype, jnp.integer):
         return -schedule.slope(t) * (last - first)
@@ -227,14 +235,14 @@ def _per_time(schedule: Schedule, t: jax.Array) -> jax.Array:
 def _predict(
     schedule: Schedule, denoiser: Denoiser, x_0: jax.Array, t: jax.Array, eps: jax.Array
 ) -> tuple[jax.Array, jax.Array, Prediction]:
-    """x_t, t as [B], and what the denoiser makes of them."""
+    """Returns x_t, t as [B], and the denoiser's prediction at them."""
     x_t = q_sample(schedule, x_0, t, eps)
     t = jnp.broadcast_to(t, x_0.shape[:1])
     return x_t, t, denoiser(x_t, t)
 
 
 def _error(x_0: jax.Array, eps: jax.Array, prediction: Prediction) -> Prediction:
-    """The truth less the prediction."""
+    """Returns the truth minus the prediction."""
     same_shape(x_0=x_0, predicted_x_0=prediction.x_0)
     same_shape(eps=eps, predicted_eps=prediction.eps)
     return Prediction(x_0 - prediction.x_0, eps - prediction.eps)

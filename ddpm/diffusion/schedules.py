@@ -73,7 +73,7 @@ class NoiseSchedule(NamedTuple):
         return jnp.concatenate([jnp.zeros(1, later.dtype), later])
 
     def ends_without_signal(self) -> bool:
-        """Whether alpha_T = 0 in float32; not told of a schedule that is being traced."""
+        """Returns whether alpha_T = 0 in float32; False under tracing."""
         if isinstance(self.log_snr, jax.core.Tracer):
             return False
         last = np.asarray(self.log_snr)[-1]  # by NumPy: known while others are traced
@@ -85,7 +85,7 @@ class NoiseSchedule(NamedTuple):
         return 1.0, float(self.num_steps)
 
     def at(self, t: jax.typing.ArrayLike) -> LogSNR:
-        """Log-SNR at times t in 0..T, in the shape of t; NaN outside.
+        """Returns the log-SNR at times t in 0..T, in the shape of t; NaN outside.
 
         Integers are looked up. At floats, which an ODE's solver asks for, the log-SNR is linear
         between two times; NaN between 0, where it is infinite, and 1.
@@ -108,18 +108,19 @@ class NoiseSchedule(NamedTuple):
         return LogSNR(between(self.log_snr), between(self.log_snr_low))
 
     def time_of(self, log_snr: jax.typing.ArrayLike) -> jax.Array:
-        """The time in [1, T] of a log-SNR, fractional: `at` inverted. Beyond, the nearer end."""
+        """Returns the fractional time in [1, T] of a log-SNR: `at` inverted. Beyond, the nearer
+        end."""
         return jnp.interp(
             -jnp.asarray(log_snr), -self.log_snr[1:], jnp.arange(1.0, self.num_steps + 1)
         )
 
     def between(self, s: jax.Array, t: jax.Array) -> "Transition":
-        """The forward transition q(x_t | x_s) for times s < t."""
+        """Returns the forward transition q(x_t | x_s) for times s < t."""
         return Transition(self.at(s), self.at(t))
 
     def slope(self, t: jax.typing.ArrayLike) -> jax.Array:
-        """d log_snr / dt < 0 at times in [1, T], that of the step the time is in (at whole times,
-        of the step up to it; at 1 of the one after)."""
+        """Returns d log_snr / dt < 0 at times in [1, T]: that of the step the time is in (at whole
+        times, of the step up to it; at 1 of the one after)."""
         after = jnp.maximum(jnp.ceil(jnp.asarray(t)).astype(int), 2)
         return -self.between(after - 1, after).log_snr_drop
 
@@ -176,7 +177,7 @@ class Transition(NamedTuple):
 
 
 class Schedule(Protocol):
-    """What is asked of a schedule at given times, of a table or of continuous time."""
+    """The interface of a schedule at given times, for tables and for continuous time."""
 
     @property
     def ends(self) -> tuple[float, float]: ...
@@ -187,8 +188,17 @@ class Schedule(Protocol):
     def ends_without_signal(self) -> bool: ...
 
 
+def require_signal(schedule: Schedule, why: str) -> None:
+    """Raises ValueError, with what follows in `why`, for a schedule that ends without signal."""
+    if schedule.ends_without_signal():
+        raise ValueError(
+            f"the schedule leaves no signal at t = T = {schedule.ends[1]:g} (alpha_T = 0), {why}"
+        )
+
+
 def from_betas(betas: Sequence[float] | np.ndarray) -> NoiseSchedule:
-    """The schedule of any list of betas: betas[0] is beta_1, in (0, 1); the last one may be 1.
+    """Returns the schedule of any list of betas: betas[0] is beta_1, in (0, 1); the last one may be
+    1.
 
     Raises ValueError for a beta outside, naming its step.
     """
@@ -210,7 +220,8 @@ def from_betas(betas: Sequence[float] | np.ndarray) -> NoiseSchedule:
 
 
 def from_log_snr(log_snr: Sequence[float] | np.ndarray) -> NoiseSchedule:
-    """The schedule whose log-SNR at t = 1..T is given (float64 is kept to 48 bits), falling."""
+    """Returns the schedule whose log-SNR at t = 1..T is given (float64 is kept to 48 bits),
+    falling."""
     log_snr = np.concatenate([[np.inf], np.asarray(log_snr, np.float64)])
     if not np.all(log_snr[1:] < log_snr[:-1]):
         raise ValueError("log-SNR must fall at every step")
@@ -220,7 +231,7 @@ def from_log_snr(log_snr: Sequence[float] | np.ndarray) -> NoiseSchedule:
 
 
 def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
-    """The schedule with alpha shifted and scaled so that alpha_T = 0 and alpha_1 stays.
+    """Returns the schedule with alpha shifted and scaled so that alpha_T = 0 and alpha_1 stays.
 
     alpha_t <- (alpha_t - alpha_T) alpha_1 / (alpha_1 - alpha_T) (Lin et al. 2024, Algorithm 1). The
     network must predict x_0 or v. Raises ValueError for a single step.
@@ -237,13 +248,14 @@ def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
 
 
 def shifted(schedule: NoiseSchedule, resolution: int, *, reference: int = 64) -> NoiseSchedule:
-    """The schedule for images of another resolution, by `resolution_shift`."""
+    """Returns the schedule for images of another resolution, by `resolution_shift`."""
     high, low = (np.asarray(x, np.float64)[1:] for x in schedule)
     return from_log_snr(high + low + resolution_shift(resolution, reference))
 
 
 def resolution_shift(resolution: int, reference: int) -> float:
-    """What log-SNR changes by at every time, 2 log(reference/resolution) (Hoogeboom et al. 2023).
+    """Returns the change of log-SNR at every time, 2 log(reference/resolution) (Hoogeboom et al.
+    2023).
 
     Pixels of a larger image say the same more often: averaged down to the reference resolution it
     is then as noisy as one of that resolution. Raises ValueError unless both are >= 1.
@@ -256,24 +268,26 @@ def resolution_shift(resolution: int, reference: int) -> float:
 def linear(
     num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> NoiseSchedule:
-    """beta_t rises linearly from beta_start to beta_end: the paper's schedule (Section 4)."""
+    """Returns the paper's schedule, whose beta_t rises linearly from beta_start to beta_end
+    (Section 4)."""
     return from_betas(np.linspace(beta_start, beta_end, num_steps))
 
 
 def quadratic(
     num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> NoiseSchedule:
-    """sqrt(beta_t) rises linearly ('quad' in the authors' code)."""
+    """Returns the schedule whose sqrt(beta_t) rises linearly ('quad' in the authors' code)."""
     return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2)
 
 
 def constant(num_steps: int = 1000, beta: float = 0.02) -> NoiseSchedule:
-    """beta_t = beta at every step ('const' in the authors' code)."""
+    """Returns the schedule with beta_t = beta at every step ('const' in the authors' code)."""
     return from_betas(np.full(num_steps, beta))
 
 
 def jsd(num_steps: int = 1000) -> NoiseSchedule:
-    """beta_t = 1 / (T - t + 1), that is alpha_bar_t = 1 - t/T (Sohl-Dickstein et al. 2015).
+    """Returns the schedule with beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t/T (Sohl-Dickstein
+    et al. 2015).
 
     No signal is left at t = T: log_snr[T] = -inf, and eps alone cannot tell x_0 there.
     """
@@ -283,7 +297,7 @@ def jsd(num_steps: int = 1000) -> NoiseSchedule:
 def warmup(
     fraction: float, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> NoiseSchedule:
-    """Linear over the first `fraction` of the steps, then beta_end.
+    """Returns the schedule that is linear over the first `fraction` of the steps, then beta_end.
 
     Raises ValueError for a fraction outside [0, 1].
     """
@@ -298,19 +312,20 @@ def warmup(
 def warmup10(
     num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> NoiseSchedule:
-    """`warmup` over a tenth of the steps, as named in the authors' code."""
+    """Returns `warmup` over a tenth of the steps, as named in the authors' code."""
     return warmup(0.1, num_steps, beta_start, beta_end)
 
 
 def warmup50(
     num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> NoiseSchedule:
-    """`warmup` over half of the steps, as named in the authors' code."""
+    """Returns `warmup` over half of the steps, as named in the authors' code."""
     return warmup(0.5, num_steps, beta_start, beta_end)
 
 
 def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-    """alpha_bar_t ~ cos^2((t/T + offset)/(1 + offset) pi/2) (Nichol & Dhariwal 2021, Eq. 17)."""
+    """Returns the schedule with alpha_bar_t ~ cos^2((t/T + offset)/(1 + offset) pi/2) (Nichol &
+    Dhariwal 2021, Eq. 17)."""
     u = np.arange(num_steps + 1) / num_steps
     angle = (u + offset) / (1 + offset) * np.pi / 2
     # 1 - cos^2(b)/cos^2(a) = sin(b - a) sin(b + a)/cos^2(a): no digits lost to the subtraction.
@@ -325,7 +340,8 @@ def sigmoid(
     temperature: float = 1.0,
     max_beta: float = 0.999,
 ) -> NoiseSchedule:
-    """alpha_bar_t falls from 1 to 0 as sigmoid(-z), z from start to end (Jabri et al. 2022).
+    """Returns the schedule whose alpha_bar_t falls from 1 to 0 as sigmoid(-z), z from start to end
+    (Jabri et al. 2022).
 
     Rescaled so that alpha_bar_0 = 1; the last steps' beta is cut at max_beta.
     """

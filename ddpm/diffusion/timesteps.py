@@ -1,4 +1,4 @@
-"""How the training times t are drawn: whole ones in 1..T for a table, or places u in [0, 1).
+"""Draws of the training times t: whole ones in 1..T for a table, or places u in [0, 1).
 
 t = uniform(schedule, key, n)                       Algorithm 1
 t = whole(schedule, low_discrepancy(key, n))        of a table's T noise levels
@@ -16,31 +16,31 @@ from ddpm.diffusion.schedules import NoiseSchedule, Schedule
 
 
 def uniform(schedule: NoiseSchedule, key: jax.Array, batch_size: int) -> jax.Array:
-    """t uniform over 1..T (Algorithm 1), int32[batch_size]."""
+    """Draws t uniform over 1..T (Algorithm 1), int32[batch_size]."""
     return jax.random.randint(key, (batch_size,), 1, schedule.num_steps + 1)
 
 
 def whole(schedule: NoiseSchedule, u: jax.Array) -> jax.Array:
-    """The step of 1..T that u in [0, 1] falls into, T equal parts: int32."""
+    """Returns the step of 1..T that u in [0, 1] falls into, T equal parts: int32."""
     t = 1 + jnp.floor(u * schedule.num_steps).astype(jnp.int32)
     return jnp.minimum(t, schedule.num_steps)
 
 
 def within(schedule: Schedule, u: jax.Array) -> jax.Array:
-    """The time at u in [0, 1] between the schedule's ends, fractional."""
+    """Returns the time at u in [0, 1] between the schedule's ends, fractional."""
     first, last = schedule.ends
     return first + (last - first) * u
 
 
 def low_discrepancy(key: jax.Array, batch_size: int) -> jax.Array:
-    """u_i = (u + i/B) mod 1 with one u for all: a batch is even (Kingma et al. 2021)."""
+    """Draws u_i = (u + i/B) mod 1 with one u for all, an even batch (Kingma et al. 2021)."""
     return (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
 
 
 def logit_normal(
     key: jax.Array, batch_size: int, *, mean: float = 0.0, std: float = 1.0
 ) -> jax.Array:
-    """u with log(u/(1 - u)) ~ N(mean, std^2): most in the middle (Esser et al. 2024)."""
+    """Draws u with log(u/(1 - u)) ~ N(mean, std^2): most in the middle (Esser et al. 2024)."""
     return jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch_size,)))
 
 
@@ -52,7 +52,7 @@ def log_normal(
     mean: float = -1.2,
     std: float = 1.2,
 ) -> jax.Array:
-    """The time, fractional, of log(sigma/alpha) ~ N(mean, std^2) (Karras et al. 2022, Table 1).
+    """Draws the fractional time of log(sigma/alpha) ~ N(mean, std^2) (Karras et al. 2022, Table 1).
 
     What lies beyond the schedule's ends goes to the nearer one.
     """
@@ -68,12 +68,13 @@ class LossHistory(NamedTuple):
 
     @classmethod
     def empty(cls, num_steps: int, length: int = 10) -> "LossHistory":
-        """Of no losses yet; 10 of each t is IDDPM's number."""
+        """Returns a history of no losses yet; 10 of each t is IDDPM's number."""
         return cls(jnp.zeros((num_steps, length)), jnp.zeros(num_steps, jnp.int32))
 
 
 def importance(history: LossHistory, *, uniform_part: float = 1e-3) -> jax.Array:
-    """p_t, float32[T]: as sqrt(mean of squared losses), mixed with a part uniform (IDDPM, Eq. 18).
+    """Returns p_t, float32[T], proportional to sqrt(mean of squared losses), mixed with a uniform
+    part (IDDPM, Eq. 18).
 
     Uniform until every t has all its losses.
     """
@@ -88,14 +89,16 @@ def importance(history: LossHistory, *, uniform_part: float = 1e-3) -> jax.Array
 def draw_important(
     history: LossHistory, key: jax.Array, batch_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """t ~ p_t of `importance`, int32[B]; and 1/(T p_t), by which a loss stays unbiased."""
+    """Draws t ~ p_t of `importance`, int32[B]; and returns 1/(T p_t), which keeps the loss
+    unbiased."""
     p = importance(history)
     t = 1 + jax.random.choice(key, len(p), (batch_size,), p=p)
     return t.astype(jnp.int32), 1 / (len(p) * p[t - 1])
 
 
 def record(history: LossHistory, t: jax.Array, losses: jax.Array) -> LossHistory:
-    """The history after the losses [B] at times t [B], unweighted; those not finite are left out.
+    """Returns the history after the losses [B] at times t [B], unweighted; those not finite are
+    left out.
 
     The later ones of a batch count as later. Pure, and the same on however many devices.
     """

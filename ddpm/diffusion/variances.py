@@ -16,13 +16,15 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from ddpm.diffusion.gaussian import fixed_small, lift, same_shape
+from ddpm.diffusion.gaussian import expand_like, fixed_small, same_shape
 from ddpm.diffusion.predictions import Prediction
 from ddpm.diffusion.schedules import NoiseSchedule
 
 
 class ReverseVariance(Protocol):
-    """`fixed_small`, `fixed_large` or the like: the log-variance of p(x_s | x_t) by (t, s)."""
+    """The log-variance of p(x_s | x_t) by (t, s): `fixed_small`, `fixed_large` or the like."""
+
+    __name__: str
 
     def __call__(
         self, schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = None
@@ -30,7 +32,7 @@ class ReverseVariance(Protocol):
 
 
 def wide_decoder(variance: ReverseVariance) -> ReverseVariance:
-    """`variance`, but sigma_t^2/alpha_t^2 at s = 0: how far x_t alone leaves x_0 open.
+    """Returns `variance`, but sigma_t^2/alpha_t^2 at s = 0: how far x_t alone leaves x_0 open.
 
     That of VDM's decoder (Kingma et al. 2021), for a schedule with many levels close to the first
     (`continuous.table`): beta-tilde_2, which the fixed ones have there, is by the distance of the
@@ -46,13 +48,14 @@ def wide_decoder(variance: ReverseVariance) -> ReverseVariance:
 
 
 def learned_diagonal(prediction: Prediction, raw: jax.Array) -> Prediction:
-    """The output as the log-variance of p(x_{t-1} | x_t), in the shape of x_0."""
+    """Reads the output as the log-variance of p(x_{t-1} | x_t), in the shape of x_0."""
     same_shape(x_0=prediction.x_0, log_variance=raw)
     return prediction._replace(log_variance=raw)
 
 
 def learned_range(prediction: Prediction, raw: jax.Array) -> Prediction:
-    """The output v as the fraction f = (v + 1)/2; nothing holds it in [0, 1], as in the paper."""
+    """Reads the output v as the fraction f = (v + 1)/2; nothing holds it in [0, 1], as in the
+    paper."""
     same_shape(x_0=prediction.x_0, variance=raw)
     return prediction._replace(variance_fraction=(raw + 1) / 2)
 
@@ -60,12 +63,13 @@ def learned_range(prediction: Prediction, raw: jax.Array) -> Prediction:
 def range_log_variance(
     schedule: NoiseSchedule, fraction: jax.Array, t: jax.Array, s: jax.Array
 ) -> jax.Array:
-    """f log beta_{t|s} + (1 - f) log beta-tilde (IDDPM, Eq. 15), in the shape of the fraction f.
+    """Returns f log beta_{t|s} + (1 - f) log beta-tilde (IDDPM, Eq. 15), in the shape of the
+    fraction f.
 
     Beta-tilde at s = 0 is that of `fixed_small`; beta_{t|0}, which is finite, is itself.
     """
-    large = lift(schedule.between(s, t).log_beta, fraction)
-    small = lift(fixed_small(schedule, t, s=s), fraction)
+    large = expand_like(schedule.between(s, t).log_beta, fraction)
+    small = expand_like(fixed_small(schedule, t, s=s), fraction)
     return fraction * large + (1 - fraction) * small
 
 
@@ -76,7 +80,7 @@ def reverse_log_variance(
     s: jax.Array,
     variance: ReverseVariance,
 ) -> jax.Array:
-    """The log-variance of p(x_s | x_t): what the prediction says of it, else `variance`'s.
+    """Returns the log-variance of p(x_s | x_t): the prediction's own, else that of `variance`.
 
     Broadcastable against x_0. Of a `learned_diagonal` it is only right for s = t - 1.
     """
@@ -85,4 +89,4 @@ def reverse_log_variance(
         return prediction.log_variance
     if prediction.variance_fraction is not None:
         return range_log_variance(schedule, prediction.variance_fraction, t, s)
-    return lift(variance(schedule, t, s=s), prediction.x_0)
+    return expand_like(variance(schedule, t, s=s), prediction.x_0)

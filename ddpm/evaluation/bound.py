@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm.diffusion.likelihood import Bound, SampledBound
+from ddpm.diffusion.pixels import HALF_RANGE
 from ddpm.evaluation.distances import Estimate
 
 
@@ -33,7 +34,7 @@ class BoundSummary(NamedTuple):
 def summarise(
     batches: Iterable[tuple[Bound | SampledBound, np.ndarray]], num_steps: int
 ) -> BoundSummary:
-    """Of (terms, mask) batch by batch: what the mask leaves out is not counted.
+    """Summarises (terms, mask) batch by batch; images that the mask leaves out are not counted.
 
     Raises ValueError for no images at all, or terms that are not finite.
     """
@@ -71,11 +72,11 @@ def summarise(
         decoder=of_decoder,
         step=(step / drawn)[1:],
         rate=of_prior.value + np.append(above[2:], 0.0),
-        rmse=127.5 * np.sqrt(error / drawn)[1:],
+        rmse=HALF_RANGE * np.sqrt(error / drawn)[1:],
     )
 
 
 def mean(values: np.ndarray) -> Estimate:
-    """The mean of independent values and its standard error; NaN for a single one."""
+    """Returns the mean of independent values and its standard error; NaN for a single one."""
     error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
     return Estimate(float(values.mean()), float(error))

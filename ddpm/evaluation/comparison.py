@@ -1,4 +1,4 @@
-"""Samples beside data, by features of both: every distance, and its floor of data beside data."""
+"""Samples against data, by features of both: every distance, and its floor of data against data."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,7 +13,8 @@ BLOCK = 4096
 
 
 def compare(data: Features, samples: Features) -> dict[str, float]:
-    """Every distance between two sets of features; the Inception score is of the samples alone.
+    """Returns every distance between two sets of features; the Inception score is of the samples
+    alone.
 
     What compares pairs takes subsets, by one seed.
 
@@ -40,7 +41,7 @@ def compare(data: Features, samples: Features) -> dict[str, float]:
 
 
 class Floor(NamedTuple):
-    """What real images get in the place of samples: which, how many, every distance."""
+    """The distances of real images in place of samples: which images, how many, every distance."""
 
     of: str
     images: int
@@ -48,27 +49,27 @@ class Floor(NamedTuple):
 
 
 def floor(data: Features, held_out: Features | None, most: int) -> Floor:
-    """Of at most so many held-out images beside the data; without any, of one half of the data
-    beside the other, by one seed."""
+    """Returns the distances of at most `most` held-out images to the data; without any, of one half
+    of the data to the other, by one seed."""
     of = "held-out images"
     if held_out is None:
         order = np.random.default_rng(0).permutation(len(data.vectors))
         halves = order[: len(order) // 2], order[len(order) // 2 :]
         held_out, data = (Features(*(x[half] for x in data)) for half in halves)
-        of = f"training images beside {len(data.vectors):,} others"
+        of = f"training images against {len(data.vectors):,} others"
     n = min(len(held_out.vectors), most)
     return Floor(of, n, compare(data, Features(*(x[:n] for x in held_out))))
 
 
 def shares(features: Features) -> list[float]:
-    """The share of images that fall to each class."""
+    """Returns the share of images that fall to each class."""
     classes = features.probabilities.argmax(axis=1)
     counts = np.bincount(classes, minlength=features.probabilities.shape[1])
     return (counts / len(classes)).tolist()
 
 
 def spread(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """Over several seeds: each figure's mean and, of two or more, its standard deviation."""
+    """Returns each figure's mean over several seeds and, of two or more, its standard deviation."""
     found: dict[str, Any] = {}
     for name in rows[0]:
         values = [row[name] for row in rows]

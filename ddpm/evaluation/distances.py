@@ -1,4 +1,4 @@
-"""How near samples are to data, by features of both, [n, d]: in NumPy, float64.
+"""Distances between samples and data by the features of both, [n, d]: in NumPy, float64.
 
 Fréchet distance, kernel distance, precision and recall, density and coverage; the Inception score
 by class probabilities.
@@ -11,7 +11,8 @@ import numpy as np
 
 
 class Moments(NamedTuple):
-    """Of n feature vectors: their number, mean [d] and sum of squares about the mean [d, d]."""
+    """The moments of n feature vectors: their number, mean [d] and sum of squares about the mean
+    [d, d]."""
 
     size: int
     mean: np.ndarray
@@ -40,7 +41,8 @@ class Overlap(NamedTuple):
 
 
 def moments(batches: Iterable[np.ndarray]) -> Moments:
-    """Of features that come in batches [n, d], in one pass, whatever their mean.
+    """Returns the moments of features that come in batches [n, d], in one pass, whatever their
+    mean.
 
     By Chan, Golub & LeVeque's update. Raises ValueError for fewer than two vectors, or any that is
     not finite.
@@ -67,7 +69,7 @@ def _merge(a: Moments, b: Moments) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2): squared, as FID is reported.
+    """Returns |mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2): squared, as FID is reported.
 
     (Heusel et al. 2017.) By symmetric eigenvalues, which stay real where n < d leaves the
     covariances singular.
@@ -85,7 +87,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def kernel_distance(
     a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Estimate:
-    """KID (Bińkowski et al. 2018): the unbiased squared MMD under (x.y / d + 1)^3.
+    """Returns KID (Bińkowski et al. 2018): the unbiased squared MMD under (x.y / d + 1)^3.
 
     The mean over random subsets of both sets (of all there are, if fewer), and the standard
     error of that mean as if subsets were independent. May be negative: it is unbiased.
@@ -112,7 +114,7 @@ def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def overlap(data: np.ndarray, samples: np.ndarray, *, k: int = 3) -> Overlap:
-    """Precision, recall (Kynkäänniemi et al. 2019); density, coverage (Naeem et al. 2020).
+    """Returns precision, recall (Kynkäänniemi et al. 2019); density, coverage (Naeem et al. 2020).
 
     A set is the union of balls around its members, each reaching its k-th nearest neighbour
     in the set. (The papers take k = 3 for the first pair and 5 for the second.)
@@ -137,7 +139,7 @@ def overlap(data: np.ndarray, samples: np.ndarray, *, k: int = 3) -> Overlap:
 
 
 def _radii(x: np.ndarray, k: int) -> np.ndarray:
-    """The distance of each to its k-th nearest neighbour, itself not counted."""
+    """Returns the distance of each to its k-th nearest neighbour, itself not counted."""
     radii = np.empty(len(x))
     for rows, distance in _distances(x, x):
         distance[np.arange(len(distance)), np.arange(rows.start, rows.stop)] = np.inf
@@ -148,7 +150,7 @@ def _radii(x: np.ndarray, k: int) -> np.ndarray:
 def _distances(
     x: np.ndarray, y: np.ndarray, rows: int = 1024
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Euclidean distances of all pairs, some rows at a time: (slice of x, [rows, len(y)])."""
+    """Yields Euclidean distances of all pairs, in blocks: (slice of x, [rows, len(y)])."""
     centre = x.mean(axis=0)  # less is lost in the difference of squares
     x, y = x - centre, y - centre
     squares = (y**2).sum(axis=1)
@@ -159,7 +161,7 @@ def _distances(
 
 
 def two_sample_accuracy(a: np.ndarray, b: np.ndarray) -> float:
-    """How often the nearest other feature, of both sets together, is of one's own set.
+    """Returns how often the nearest other feature, of both sets together, is of one's own set.
 
     The 1-nearest-neighbour two-sample test, leave one out (Lopez-Paz & Oquab 2017): 0.5 for two
     sets of one distribution, 1 for two that are apart, 0 for copies. Sets of one size: more of one
@@ -177,7 +179,8 @@ def two_sample_accuracy(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def nearest(queries: np.ndarray, batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each query the nearest among all batches: (its place in their row, Euclidean distance).
+    """Returns for each query the nearest among all batches: (its place in their order, Euclidean
+    distance).
 
     queries [m, d] and batches [n, d], in one pass; the first of equals.
     """
@@ -195,7 +198,7 @@ def nearest(queries: np.ndarray, batches: Iterable[np.ndarray]) -> tuple[np.ndar
 
 
 def inception_score(probabilities: np.ndarray, *, splits: int = 10) -> Estimate:
-    """exp E KL(p(y|x) || p(y)) of class probabilities [n, classes] (Salimans et al. 2016).
+    """Returns exp E KL(p(y|x) || p(y)) of class probabilities [n, classes] (Salimans et al. 2016).
 
     The mean over equal parts of the samples in their order, and its standard error.
     """

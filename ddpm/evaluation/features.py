@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ddpm.data import cache
-from ddpm.data.pipeline import evaluation_batches, to_float
+from ddpm.data.images import check_image_shape
+from ddpm.data.pipeline import evaluation_batches
 from ddpm.data.sources import Source
-from ddpm.errors import InputError
-from ddpm.evaluation.classifier import SHIPPED, load_classifier
-from ddpm.interop.inception import load_inception
-from ddpm.models.classifier import Classifier
-from ddpm.models.inception import Inception, preprocess
+from ddpm.diffusion.pixels import to_float
+from ddpm.evaluation.classifier import Classifier
+from ddpm.evaluation.inception import Inception, preprocess
+from ddpm.evaluation.inception_weights import load_inception
+from ddpm.evaluation.shipped import SHIPPED, load_classifier
 from ddpm.training import sharding
 
 
@@ -32,7 +33,8 @@ class Features(NamedTuple):
 
 
 class Network(NamedTuple):
-    """What gives features: apply(params, images uint8[n, H, W, C]) -> (vectors, probabilities).
+    """A network that gives features: apply(params, images uint8[n, H, W, C]) -> (vectors,
+    probabilities).
 
     `key` names the network and its weights for the cache; `classes` are named where they are few.
     """
@@ -45,14 +47,15 @@ class Network(NamedTuple):
 
 
 def of_classifier(name: str, image_shape: tuple[int, int, int]) -> Network:
-    """A shipped classifier. InputError for images of another shape than it was trained on."""
+    """Returns a shipped classifier. InputError for images of another shape than its own."""
     params = load_classifier(name)
     shipped = SHIPPED[name]
-    if image_shape != shipped.image_shape:
-        raise InputError(
-            f"the classifier {name!r} is for images of {shipped.image_shape}, these are "
-            f"{image_shape} (height, width, channels); see config.evaluation.features"
-        )
+    check_image_shape(
+        image_shape,
+        shipped.image_shape,
+        f"the classifier {name!r} is for images of",
+        advice="; see config.evaluation.features",
+    )
     model = Classifier(len(shipped.classes))
 
     def apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -64,7 +67,7 @@ def of_classifier(name: str, image_shape: tuple[int, int, int]) -> Network:
 
 
 def of_inception(path: str | Path, resize: str) -> Network:
-    """FID's Inception by a local file of its weights; InputError where that is not one."""
+    """Returns FID's Inception by a local file of its weights; InputError where that is not one."""
     loaded = load_inception(path)
 
     def apply(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,15 +82,14 @@ class Extractor:
     """A network over the devices, for any number of images."""
 
     def __init__(self, network: Network, mesh: Mesh, *, batch_size: int) -> None:
-        devices = mesh.devices.size
         self.network = network
-        self.batch_size = -(-batch_size // devices) * devices
+        self.batch_size = sharding.rounded_up(batch_size, mesh)
         self._mesh = mesh
         self._params = jax.device_put(network.params, sharding.replicated(mesh))
         self._apply = jax.jit(network.apply)
 
     def __call__(self, images: np.ndarray) -> Features:
-        """Of images uint8[n, H, W, C]."""
+        """Returns the features of images uint8[n, H, W, C]."""
         parts = []
         for start in range(0, len(images), self.batch_size):
             part = images[start : start + self.batch_size]
@@ -98,7 +100,8 @@ class Extractor:
 
 
 def of_source(extractor: Extractor, source: Source, about: Mapping[str, Any]) -> Features:
-    """Of all images of a source in their order, memory-mapped from the cache where there is one.
+    """Returns the features of all images of a source in order, memory-mapped from the cache if it
+    has them.
 
     `about` says which data they are (set, split, size); with the network, their number and a digest
     of 64 of them it makes the cache's key.
@@ -124,6 +127,6 @@ def of_source(extractor: Extractor, source: Source, about: Mapping[str, Any]) ->
 
 
 def of_samples(extractor: Extractor, batches: Iterable[np.ndarray]) -> Features:
-    """Of samples that come in batches uint8[n, H, W, C]."""
+    """Returns the features of samples that come in batches uint8[n, H, W, C]."""
     parts = [extractor(images) for images in batches]
     return Features(*(np.concatenate(x) for x in zip(*parts, strict=True)))

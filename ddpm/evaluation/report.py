@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm.sampling.pictures import grid, to_picture
+from ddpm.files.pictures import grid, to_picture
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1e; background: #fff; max-width: 60rem;
@@ -25,7 +25,7 @@ figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; max-width
 
 
 def page(title: str, about: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """The whole page of (heading, fragments of HTML)."""
+    """Returns the whole page of (heading, fragments of HTML)."""
     body = "".join(f"<h2>{html.escape(name)}</h2>{''.join(parts)}" for name, parts in sections)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -36,12 +36,12 @@ def page(title: str, about: str, sections: Sequence[tuple[str, Sequence[str]]]) 
 
 
 def text(words: str) -> str:
-    """A paragraph."""
+    """Returns a paragraph."""
     return f"<p>{html.escape(words)}</p>"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table; numbers stand to the right."""
+    """Returns a table; numbers stand to the right."""
 
     def cell(value: Any) -> str:
         words = str(value)
@@ -54,7 +54,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def plain_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """The same for a terminal."""
+    """Returns the same table for a terminal."""
     lines = [[str(v) for v in row] for row in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
@@ -63,7 +63,7 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def images(pixels: np.ndarray, caption: str, *, columns: int | None = None) -> str:
-    """uint8[n, H, W, C] as a grid."""
+    """Returns uint8[n, H, W, C] as a grid."""
     sheet = to_picture(grid(pixels, columns=columns), least_side=400)
     data = io.BytesIO()
     sheet.save(data, format="PNG")
@@ -71,14 +71,14 @@ def images(pixels: np.ndarray, caption: str, *, columns: int | None = None) -> s
 
 
 def plot(figure: Any, caption: str) -> str:
-    """A matplotlib figure."""
+    """Returns a matplotlib figure as HTML."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110)
     return _figure(data.getvalue(), caption, "plot")
 
 
 def axes(width: float = 8, height: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
-    """A figure that needs no display, and its axes."""
+    """Returns a figure that needs no display, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -88,7 +88,7 @@ def axes(width: float = 8, height: float = 3.6, columns: int = 1) -> tuple[Any, 
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """With so many digits after the point; n/a for none."""
+    """Returns a number with that many digits after the point; n/a for none."""
     return "n/a" if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
 

@@ -18,18 +18,19 @@ from safetensors.numpy import save
 
 from ddpm import backend
 from ddpm.data import digits, tfds
-from ddpm.data.pipeline import evaluation_batches, to_float, train_batch
+from ddpm.data.pipeline import evaluation_batches, train_batch
 from ddpm.data.sources import Source
+from ddpm.diffusion.pixels import to_float
 from ddpm.errors import InputError
-from ddpm.evaluation.classifier import FOLDER, flat
-from ddpm.files import write_whole
-from ddpm.models.classifier import Classifier, shifted
+from ddpm.evaluation.classifier import Classifier, shifted
+from ddpm.evaluation.shipped import FOLDER, flat
+from ddpm.files.atomic import write_atomically
 
 LOG_EVERY = 100
 
 
 class Recipe(NamedTuple):
-    """How one of them is trained."""
+    """The settings that a classifier is trained with."""
 
     steps: int
     batch_size: int
@@ -45,7 +46,7 @@ RECIPES = {
 
 
 def train(source: Source, recipe: Recipe, seed: int = 0) -> Any:
-    """The averaged weights after recipe.steps of AdamW, its rate falling to 0 as a cosine."""
+    """Returns the averaged weights after recipe.steps of AdamW, its rate a cosine down to 0."""
     model = Classifier(source.num_classes or 10)
     x = jnp.zeros((1, *source.image_shape))
     params = model.init(jax.random.key(seed), x)["params"]
@@ -81,7 +82,7 @@ def train(source: Source, recipe: Recipe, seed: int = 0) -> Any:
 
 
 def accuracy(params: Any, source: Source) -> float:
-    """The share of a source's images whose class is found."""
+    """Returns the share of a source's images whose class is found."""
     model = Classifier(source.num_classes or 10)
 
     @jax.jit
@@ -97,7 +98,7 @@ def accuracy(params: Any, source: Source) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit code."""
+    """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m ddpm.evaluation.train_classifier")
     parser.add_argument("name", help=" or ".join(sorted(RECIPES)))
     parser.add_argument("--data_dir", default=None, help="of tensorflow-datasets")
@@ -119,14 +120,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     params = train(splits[0], recipe)
     data = save(flat(params))
     path = options.out / f"{options.name}.safetensors"
-    write_whole(path, lambda p: p.write_bytes(data))
+    write_atomically(path, lambda p: p.write_bytes(data))
     print(f"test accuracy {accuracy(params, splits[1]):.4f}")
     print(f"{path}  {len(data):,} bytes  sha256 {hashlib.sha256(data).hexdigest()}")
     return 0
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    """Of the options, InputError for those that cannot be, before hours are spent on them."""
+    """Returns the recipe of the options; InputError for those that cannot be, before hours are
+    spent."""
     if options.name not in RECIPES:
         raise InputError(f"{options.name!r}: must be one of {', '.join(sorted(RECIPES))}")
     recipe = RECIPES[options.name]

@@ -82,7 +82,8 @@ class ModelSettings(NamedTuple):
 
 
 def model_settings(unet: Mapping[str, Any], path: object) -> ModelSettings:
-    """Of a UNet2DModel's config.json; InputError, which names `path`, for what cannot be had."""
+    """Reads a UNet2DModel's config.json; InputError, which names `path`, for what cannot be
+    represented."""
     kind = unet.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise InputError(f"{path}: a {kind}; only a UNet2DModel can be read")
@@ -166,7 +167,7 @@ class NoiseSettings(NamedTuple):
 
 
 def noise_settings(scheduler: Mapping[str, Any], path: object) -> NoiseSettings:
-    """Of a DDPMScheduler's or DDIMScheduler's config; InputError as above."""
+    """Reads a DDPMScheduler's or DDIMScheduler's config; InputError as above."""
     kind = scheduler.get("_class_name", "DDPMScheduler")
     if kind not in ("DDPMScheduler", "DDIMScheduler"):
         raise InputError(f"{path}: a {kind}; only a DDPMScheduler or DDIMScheduler can be read")
@@ -205,7 +206,7 @@ def noise_settings(scheduler: Mapping[str, Any], path: object) -> NoiseSettings:
 
 
 def to_unet_config(config: ConfigDict, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """config.json of the UNet2DModel that config.model is."""
+    """Returns config.json of the UNet2DModel that config.model is."""
     m, (height, width, channels) = config.model, image_shape
     sides = [min(height, width) // 2**i for i in range(len(m.channel_multipliers))]
     attn = ["Attn" if side in tuple(m.attention_resolutions) else "" for side in sides]
@@ -234,7 +235,8 @@ def to_unet_config(config: ConfigDict, image_shape: tuple[int, int, int]) -> dic
 
 
 def to_scheduler_config(config: ConfigDict, schedule: NoiseSchedule) -> dict[str, Any]:
-    """scheduler_config.json of the DDPMScheduler with the same noise, variance and clipping.
+    """Returns scheduler_config.json of the DDPMScheduler with the same noise, variance and
+    clipping.
 
     With few steps it visits this library's times, if their number divides T.
     """
@@ -261,7 +263,7 @@ def to_scheduler_config(config: ConfigDict, schedule: NoiseSchedule) -> dict[str
 
 
 def check_network(config: ConfigDict) -> None:
-    """InputError for a network that the layouts of others have no place for."""
+    """Raises InputError for a network that the layouts of others have no place for."""
     for key, plain in _PLAIN.items():
         given = config.model[key]
         if (tuple(given) if isinstance(given, list) else given) != plain:
@@ -272,8 +274,8 @@ def check_network(config: ConfigDict) -> None:
 
 
 def check_written(config: ConfigDict) -> None:
-    """InputError for what diffusers' networks and schedulers are not told of here: for one, all
-    but eps alone."""
+    """Raises InputError for what diffusers' networks and schedulers cannot represent here, such as
+    anything but eps alone."""
     check_network(config)
     for section, key in (
         ("training", "self_conditioning"),
@@ -295,7 +297,7 @@ def check_written(config: ConfigDict) -> None:
 
 
 def _attending(kinds: Any, way: str) -> list[bool] | None:
-    """Whether each block attends; None for a kind that cannot be had."""
+    """Returns whether each block attends; None for a kind that cannot be had."""
     names = {f"{way}Block2D": False, f"Attn{way}Block2D": True}
     if not isinstance(kinds, list | tuple) or any(k not in names for k in kinds):
         return None

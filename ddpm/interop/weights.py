@@ -1,7 +1,7 @@
 """Trained UNets of others, from a file, a folder or the hub; and ours for others.
 
 found = weights.load("google/ddpm-ema-cifar10-32")
-built = experiment.build(found.config, found.image_shape)
+built = build(found.config, found.image_shape)
 samples = built.generator(mesh, batch_size=64).samples(found.params, 64, seed=0)
 """
 
@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from ddpm import experiment, networks
-from ddpm.config import default
+from ddpm.build.experiment import Experiment, build
+from ddpm.build.network import check_model
+from ddpm.config import default, with_settings
 from ddpm.errors import InputError, first_line
-from ddpm.experiment import Experiment
-from ddpm.files import write_whole
+from ddpm.files.atomic import write_atomically
+from ddpm.files.tensors import READERS, Tensors, read_tensors, sha256
 from ddpm.interop import settings
-from ddpm.interop.tensors import READERS, Tensors, read_tensors, sha256
-from ddpm.interop.unet import is_authors, to_params, to_tensors
+from ddpm.interop.tensor_names import is_authors, to_params, to_tensors
 from ddpm.training.logbook import say
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -52,7 +52,7 @@ class _Found(NamedTuple):
 
 
 def load(where: str | Path, config: ConfigDict | None = None) -> Imported:
-    """Weights from any of:
+    """Loads weights from any of:
 
     - a folder of `diffusers`: a pipeline's, with unet/ and scheduler/, a UNet's, or a checkpoint's
       of its training script (config.sampling.ema chooses between unet_ema/ and unet/);
@@ -79,10 +79,10 @@ def load(where: str | Path, config: ConfigDict | None = None) -> Imported:
         image_shape = model.image_shape
         config = _with_settings(found, model.model, config)
     try:
-        built = experiment.build(config, image_shape)
+        built = build(config, image_shape)
     except InputError as error:
         raise InputError(f"{found.path}, by its settings: {error}") from error
-    shapes = networks.check_model(built.model, image_shape)
+    shapes = check_model(built.model, image_shape)
     params = to_params(found.tensors, shapes, found.path)
     name = str(where).removesuffix("/")
     if match := _NOT_AVERAGED.search(name):
@@ -109,7 +109,7 @@ def export(out: Path, built: Experiment, params: Any) -> None:
         if out.suffix == ".safetensors":
             parts = {"unet": unet, "scheduler": scheduler}
             about = {"ddpm": json.dumps(parts, sort_keys=True)}
-            write_whole(out, lambda path: save_file(tensors, path, metadata=about))
+            write_atomically(out, lambda path: save_file(tensors, path, metadata=about))
             return
         pipeline = {
             "_class_name": "DDPMPipeline",
@@ -120,7 +120,7 @@ def export(out: Path, built: Experiment, params: Any) -> None:
         _write_json(out / "unet" / "config.json", unet)
         _write_json(out / "scheduler" / "scheduler_config.json", scheduler)
         metadata = {"format": "pt"}  # asked for by diffusers: of the axes' order
-        write_whole(
+        write_atomically(
             out / "unet" / _WEIGHTS[0], lambda path: save_file(tensors, path, metadata=metadata)
         )
         _write_json(out / "model_index.json", pipeline)
@@ -129,7 +129,7 @@ def export(out: Path, built: Experiment, params: Any) -> None:
 
 
 def check_out(out: Path) -> None:
-    """InputError for a file of another format, or where there is something already."""
+    """Raises InputError for a file of another format, or where there is something already."""
     if out.suffix in READERS.keys() - {".safetensors"}:
         raise InputError(f"{out}: must be a folder, or end in .safetensors")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -150,7 +150,7 @@ def _find(where: str | Path, config: ConfigDict) -> _Found:
     about = _metadata(path) if path.suffix == ".safetensors" else {}
     if not about and not is_authors(tensors):
         raise InputError(
-            f"{path}: no settings in it, or beside it in config.json: name the folder that has "
+            f"{path}: no settings in it, or next to it in config.json: name the folder that has "
             "both, or a file in the authors' layout"
         )
     unet, scheduler = (
@@ -175,14 +175,14 @@ def _folder(path: Path, config: ConfigDict, name: str = "") -> _Found:
         raise InputError(f"{here}: there is none of {', '.join(_WEIGHTS)}")
     unet = _read_json(here / "config.json")
     above = path.absolute().parents  # a checkpoint's scheduler is that of the whole training
-    beside = (path / "scheduler", path, *(folder / "scheduler" for folder in above[:2]))
-    schedulers = [p for f in beside if (p := f / "scheduler_config.json").is_file()]
+    places = (path / "scheduler", path, *(folder / "scheduler" for folder in above[:2]))
+    schedulers = [p for f in places if (p := f / "scheduler_config.json").is_file()]
     scheduler = _read_json(schedulers[0]) if schedulers else None
     return _Found(read_tensors(here / names[0]), here / names[0], unet, scheduler)
 
 
 def _with_settings(found: _Found, model: dict[str, Any], config: ConfigDict) -> ConfigDict:
-    """The config with what came with the weights, saying what that changed."""
+    """Returns the config with what came with the weights, saying what that changed."""
     sections = {"model": model}
     if found.scheduler is None:
         say(f"{found.path}: no scheduler_config.json with it: config.diffusion is as it was")
@@ -195,7 +195,7 @@ def _with_settings(found: _Found, model: dict[str, Any], config: ConfigDict) -> 
                     f"{found.path}: its scheduler has {key} = {value!r}, this samples with "
                     f"config.sampling.{key} = {config.sampling[key]!r}"
                 )
-    config, changed = experiment.with_settings(config, **sections)
+    config, changed = with_settings(config, **sections)
     if changed:
         say(f"settings of {found.path}: {', '.join(changed)}")
     return config
@@ -215,8 +215,8 @@ def _settled(found: _Settings, read: Any) -> Any:
 
 
 def _image_shape(found: _Found, config: ConfigDict) -> tuple[int, int, int]:
-    """Of weights without settings: the side at which the attention that the config asks for is at
-    the level where the file has it."""
+    """Returns the images' shape for weights without settings: the side at which the config's
+    attention is at the level where the file has it."""
     kernel = found.tensors.get("conv_in.weight")
     if kernel is None or kernel.ndim != 4:
         raise InputError(f"{found.path}: no conv_in.weight: another network")
@@ -235,7 +235,7 @@ def _image_shape(found: _Found, config: ConfigDict) -> tuple[int, int, int]:
 
 
 def _from_hub(name: str) -> Path:
-    """The local copy of a repository, fetched if need be."""
+    """Returns the local copy of a repository, fetched if need be."""
     try:
         from huggingface_hub import model_info, snapshot_download
     except ImportError as error:
@@ -283,4 +283,4 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))

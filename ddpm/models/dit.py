@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from ddpm.models.layers import (
     attention,
-    beside,
+    concatenate_inputs,
     dense,
     embed,
     fourier_embedding,
@@ -26,12 +26,12 @@ TIME_DIMENSION = 256  # of the sinusoids
 
 
 def zero_dense(features: int, name: str, *, dtype: DTypeLike) -> nn.Dense:
-    """A linear layer that begins at zero: a block begins as the identity, the network at 0."""
+    """Returns a linear layer that begins at zero, so that a block begins as the identity."""
     return nn.Dense(features, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)
 
 
 def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Each token normalised over its channels in float32, times 1 + scale, plus shift.
+    """Normalises each token over its channels in float32, times 1 + scale, plus shift.
 
     x [B, N, C], shift and scale [B, C] -> [B, N, C] in x's dtype.
     """
@@ -63,8 +63,8 @@ class DiTBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
         channels = x.shape[-1]
-        told = zero_dense(6 * channels, "modulation", dtype=self.dtype)(nn.swish(embedding))
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(told, 6, axis=-1)
+        modulation = zero_dense(6 * channels, "modulation", dtype=self.dtype)(nn.swish(embedding))
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
 
         h = modulated(x, shift_1, scale_1, self.epsilon)
         q, k, v = (dense(channels, n, dtype=self.dtype)(h) for n in ("query", "key", "value"))
@@ -118,7 +118,7 @@ class DiT(nn.Module):
         features: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """x [B, H, W, C], t [B] -> [B, H, W, out_channels], float32; all else as the UNet.
+        """Computes x [B, H, W, C], t [B] -> [B, H, W, out_channels], float32; all else as the UNet.
 
         Raises ValueError for x that is not [B, H, W, C], sides that do not divide into patches, or
         channels that do not divide into heads or by four.
@@ -149,7 +149,7 @@ class DiT(nn.Module):
             dtype=self.dtype,
         )
 
-        seen = beside(
+        seen = concatenate_inputs(
             x,
             condition,
             condition_channels=self.condition_channels,
@@ -164,8 +164,8 @@ class DiT(nn.Module):
             block = DiTBlock(heads, self.dropout, self.dtype, self.norm_epsilon, name=f"block_{i}")
             h = block(h, embedding, train)
 
-        told = zero_dense(2 * self.channels, "modulation_out", dtype=self.dtype)
-        shift, scale = jnp.split(told(nn.swish(embedding)), 2, axis=-1)
+        modulation = zero_dense(2 * self.channels, "modulation_out", dtype=self.dtype)
+        shift, scale = jnp.split(modulation(nn.swish(embedding)), 2, axis=-1)
         h = modulated(h.astype(jnp.float32), shift, scale, self.norm_epsilon)
         channels = self.out_channels or image_channels
         h = zero_dense(size * size * channels, "out", dtype=jnp.float32)(h)

@@ -1,4 +1,4 @@
-"""What the networks are made of: layers, the embedding of time and label, attention."""
+"""The parts of the networks: layers, the embedding of time and label, attention."""
 
 import functools
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ FOURIER_SCALE = 16.0  # of Song et al. (2021) and Karras et al. (2022)
 
 
 def initializer(scale: float = 1.0) -> nn.initializers.Initializer:
-    """Uniform, variance scaled by the mean of fan-in and fan-out."""
+    """Returns the uniform initializer, variance scaled by the mean of fan-in and fan-out."""
     return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
 
 
@@ -31,7 +31,8 @@ def conv3x3(
     scale: float = 1.0,
     padding: str | int = "SAME",
 ) -> nn.Conv:
-    """A 3x3 convolution. With stride 2, 'SAME' pads an even size at the bottom and right only."""
+    """Returns a 3x3 convolution. With stride 2, 'SAME' pads an even size at the bottom and right
+    only."""
     return nn.Conv(
         channels,
         (3, 3),
@@ -45,7 +46,7 @@ def conv3x3(
 
 
 def convolution(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **how: Any) -> Any:
-    """lax.conv_general_dilated, by another way where that is faster: wide layers on a CPU."""
+    """Computes lax.conv_general_dilated, in a faster way for wide layers on a CPU."""
     wide = min(kernel.shape[2:]) >= 128
     if wide and strides == (1, 1) and x.dtype == jnp.float32 and jax.default_backend() == "cpu":
         return winograd.conv3x3(x, kernel)
@@ -53,18 +54,19 @@ def convolution(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **h
 
 
 def plus_input(out: jax.Array, x: jax.Array) -> jax.Array:
-    """x added to the first channels of the output, which are those in the place of x."""
+    """Adds x to the first channels of the output, which are those in the place of x."""
     channels = x.shape[-1]
     return jnp.concatenate([out[..., :channels] + x, out[..., channels:]], axis=-1)
 
 
 def dense(features: int, name: str, *, dtype: DTypeLike, scale: float = 1.0) -> nn.Dense:
-    """A linear layer over the last axis; on [B, H, W, C] it is a 1x1 convolution."""
+    """Returns a linear layer over the last axis; on [B, H, W, C] it is a 1x1 convolution."""
     return nn.Dense(features, kernel_init=initializer(scale), dtype=dtype, name=name)
 
 
 class GroupNorm(nn.Module):
-    """Over the positions and channels of each of `num_groups` groups; learned scale and bias.
+    """Normalisation over the positions and channels of each of `num_groups` groups; learned scale
+    and bias.
 
     Written as one scale and one shift per example and channel, so that x is read once for the
     statistics and once to be normalised: half the time of flax's own on a CPU.
@@ -75,7 +77,7 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> the same shape and dtype; the statistics are float32."""
+        """Normalises [B, H, W, C], in the same shape and dtype; the statistics are float32."""
         batch, height, width, channels = x.shape
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -141,7 +143,7 @@ class LabelEmbedding(nn.Module):
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, num_heads: int = 1) -> jax.Array:
-    """softmax(q k^T / sqrt(C)) v in each head of C channels, the softmax in float32.
+    """Computes softmax(q k^T / sqrt(C)) v in each head of C channels, the softmax in float32.
 
     [B, N, heads * C] each -> the same.
     """
@@ -168,8 +170,8 @@ def embed(
     num_features: int,
     dtype: DTypeLike,
 ) -> jax.Array:
-    """What every block is told, [B, size]: two layers of `time`, [B, N], the label's vector, and a
-    linear layer of the features.
+    """Returns the conditioning of every block, [B, size]: two layers of `time`, [B, N], the label's
+    vector, and a linear layer of the features.
 
     The layers are those of the compact method that calls it. ValueError for a label or features
     where the network takes none, and for features that are not [B, num_features].
@@ -192,15 +194,15 @@ def embed(
     return embedding
 
 
-def beside(
+def concatenate_inputs(
     x: jax.Array,
     condition: jax.Array | None,
     *,
     condition_channels: int,
     exponents: Sequence[int] = (),
 ) -> jax.Array:
-    """x [B, H, W, C], sin(2^n pi x) and cos(2^n pi x) for each exponent n, and the condition, of
-    x's size, in one array.
+    """Concatenates x [B, H, W, C], sin(2^n pi x) and cos(2^n pi x) for each exponent n, and the
+    condition, of x's size.
 
     The waves tell fine differences apart (Kingma et al. 2021, Appendix C). ValueError for a
     condition of another shape than [B, H, W, condition_channels]; None is zeros.

@@ -15,7 +15,7 @@ from ddpm.models.layers import (
     ZERO_SCALE,
     GroupNorm,
     attention,
-    beside,
+    concatenate_inputs,
     conv3x3,
     dense,
     embed,
@@ -26,13 +26,13 @@ from ddpm.models.layers import (
 
 
 def halved(x: jax.Array) -> jax.Array:
-    """The mean of each 2x2 pixels: [B, H, W, C] -> [B, H/2, W/2, C]."""
+    """Averages each 2x2 pixels: [B, H, W, C] -> [B, H/2, W/2, C]."""
     batch, height, width, channels = x.shape
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
 
 
 def doubled(x: jax.Array) -> jax.Array:
-    """Each pixel four times: [B, H, W, C] -> [B, 2 H, 2 W, C]."""
+    """Repeats each pixel four times: [B, H, W, C] -> [B, 2 H, 2 W, C]."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
@@ -61,8 +61,8 @@ class ResBlock(nn.Module):
         if self.resample:
             x, h = self.resample(x), self.resample(h)
         h = conv3x3(self.channels, "conv_1", dtype=self.dtype)(h)
-        told = self.channels * (2 if self.scale_shift else 1)
-        time = dense(told, "time", dtype=self.dtype)(nn.swish(embedding))[:, None, None, :]
+        width = self.channels * (2 if self.scale_shift else 1)
+        time = dense(width, "time", dtype=self.dtype)(nn.swish(embedding))[:, None, None, :]
         norm_2 = GroupNorm(self.num_groups, self.epsilon, name="norm_2")
         if self.scale_shift:
             scale, shift = jnp.split(time, 2, axis=-1)
@@ -77,7 +77,7 @@ class ResBlock(nn.Module):
 
 
 def scaled(x: jax.Array, by: float) -> jax.Array:
-    """x times `by`, and nothing done for 1."""
+    """Returns x times `by`, unchanged for 1."""
     return x if by == 1 else x * by
 
 
@@ -125,7 +125,7 @@ class UNet(nn.Module):
       cosines_first, frequency_shift: of the time embedding.
       num_classes: of labels, each a learned vector that is added to the time embedding, and one
         more for no label; 0: the network takes none.
-      condition_channels: of an image that is seen beside x; 0: none.
+      condition_channels: of an image that is seen with x; 0: none.
       num_features: of a vector that is added to the time embedding by a linear layer; 0: none.
       scale_shift, skip_scale: of every ResBlock, which see; skip_scale of attention too. NCSN++ and
         DDPM++ (Song et al. 2021; Karras et al. 2022) have sqrt(1/2).
@@ -134,7 +134,7 @@ class UNet(nn.Module):
         not a convolution alone.
       fourier_range: what t is divided by for random Fourier features in the place of sinusoids;
         0: sinusoids.
-      input_exponents: n of the waves sin(2^n pi x) and cos(2^n pi x) that are seen beside x.
+      input_exponents: n of the waves sin(2^n pi x) and cos(2^n pi x) that are seen with x.
       add_input: whether x is added to the output (Kingma et al. 2021).
     """
 
@@ -172,7 +172,8 @@ class UNet(nn.Module):
         features: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """x [B, H, W, C], t [B] (the paper's 1..T; or one for all) -> [B, H, W, out_channels].
+        """Computes x [B, H, W, C], t [B] (the paper's 1..T; or one for all) -> [B, H, W,
+        out_channels].
 
         label int[B] (or one for all) in 0..num_classes, of which num_classes is 'no label', as is
         None; NaN for any other. condition [B, H, W, condition_channels] and features
@@ -252,7 +253,7 @@ class UNet(nn.Module):
                 return res_block(h, h.shape[-1], name, doubled)
             return conv3x3(h.shape[-1], name, dtype=self.dtype)(doubled(h))
 
-        seen = beside(
+        seen = concatenate_inputs(
             x,
             condition,
             condition_channels=self.condition_channels,
@@ -287,7 +288,7 @@ class UNet(nn.Module):
         return plus_input(h, x) if self.add_input else h
 
     def _resolutions(self, height: int, width: int) -> list[int]:
-        """The shorter side at each level, after checking that the network can be built."""
+        """Returns the shorter side at each level, after checking that the network can be built."""
         levels = len(self.channel_multipliers)
         stride = 2 ** (levels - 1)
         if height % stride or width % stride:

@@ -15,7 +15,7 @@ _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.floa
 
 
 def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[B, H, W, I], [3, 3, I, O] -> [B, H, W, O]: stride 1, zeros around ('SAME').
+    """Convolves [B, H, W, I], [3, 3, I, O] -> [B, H, W, O]: stride 1, zeros around ('SAME').
 
     What lax.conv_general_dilated gives, to rounding. Differentiable in both modes.
     """
@@ -29,7 +29,7 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _both_axes(matrix: np.ndarray, tiles: jax.Array) -> jax.Array:
-    """matrix @ tile @ matrix^T of square tiles, flat along the first axis of [n * n, ...].
+    """Returns matrix @ tile @ matrix^T of square tiles, flat along the first axis of [n * n, ...].
 
     A product with the Kronecker matrix. As sums of slices XLA would compute whatever
     `tiles` is made of anew for every one of its uses.
@@ -39,7 +39,8 @@ def _both_axes(matrix: np.ndarray, tiles: jax.Array) -> jax.Array:
 
 
 def _pairs(x: jax.Array) -> jax.Array:
-    """x [B, H, W, C], zeros around, its rows and columns in pairs: [B, h + 1, 2, w + 1, 2, C].
+    """Returns x [B, H, W, C], zeros around, its rows and columns in pairs: [B, h + 1, 2, w + 1, 2,
+    C].
 
     Tile (r, c) is made of the pairs r and r + 1 of the rows, c and c + 1 of the columns.
     """
@@ -52,7 +53,7 @@ def _pairs(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _transformed_tiles(x: jax.Array) -> jax.Array:
-    """B^T d B of all tiles, by sums: [B, H, W, C] -> [16, B * h * w, C]."""
+    """Returns B^T d B of all tiles, by sums: [B, H, W, C] -> [16, B * h * w, C]."""
     pairs = _pairs(x)
     batch, rows, _, columns, _, channels = pairs.shape
     h, w = rows - 1, columns - 1

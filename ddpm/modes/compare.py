@@ -11,16 +11,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm import experiment, reverse_process
+from ddpm.build.checks import check, validate
+from ddpm.build.data import held_out as held_out_data
+from ddpm.build.data import source
+from ddpm.build.experiment import classifier
 from ddpm.config import flatten, nearest, to_json
+from ddpm.data.images import check_image_shape
 from ddpm.errors import InputError
 from ddpm.evaluation import comparison, distances, features, report
-from ddpm.files import write_whole
+from ddpm.files.atomic import write_atomically
 from ddpm.modes.inputs import with_small_images
-from ddpm.modes.loading import Run, draw, load_run, with_variance
+from ddpm.modes.loading import RUN_ON, Run, draw, load_run, with_variance
 from ddpm.modes.measures.job import features_of_data, make_extractor
 from ddpm.training.logbook import say
-from ddpm.validation import check_steering, validate
 
 HEADER = ("sampler", "steps", "calls", "Fréchet distance", "s/image")
 SHOWN = 16  # samples of each in the picture
@@ -35,7 +38,7 @@ class Entry(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was measured of an entry; seconds an image, without compiling, are NaN of one batch."""
+    """The figures of an entry; seconds an image, without compiling, are NaN of one batch."""
 
     name: str
     steps: int
@@ -62,23 +65,19 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     ]
     for entry, run in runs:
         try:
-            check_steering(run.built.config)
-            reverse_process.check_sampling(run.built.config, run.built.schedule)
+            check(run.built.config, run.built.schedule)
             if run.built.config.sampling.classifier_scale:
-                experiment.classifier(run.built.config, built.image_shape)
+                classifier(run.built.config, built.image_shape)
         except InputError as error:
             raise InputError(f"{_where(entry.name)}: {error}") from error
     extractor = make_extractor(built.config, built.image_shape, first.mesh)
-    train = experiment.source(config)
-    if train.image_shape != built.image_shape:
-        raise InputError(
-            f"the run is on images of {built.image_shape}, these are {train.image_shape}"
-        )
+    train = source(config)
+    check_image_shape(train.image_shape, built.image_shape, RUN_ON)
     c = config.comparison
     data = distances.moments(
         comparison.blocks(features_of_data(config, extractor, train, held_out=False).vectors)
     )
-    held_out, floor = experiment.held_out(config), None
+    held_out, floor = held_out_data(config), None
     if held_out is not None:
         found = features_of_data(config, extractor, held_out, held_out=True).vectors
         floor = distances.frechet_distance(
@@ -119,7 +118,8 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
 
 
 def parse(config: ConfigDict) -> list[Entry]:
-    """The entries of config.comparison, each checked; InputError names the one that is wrong."""
+    """Returns the entries of config.comparison, each checked; InputError names the one that is
+    wrong."""
     c, entries = config.comparison, []
     # What is one for all of them: the weights, what is enlarged, and how many and which samples.
     of_all = ("sampler", "ema", "ema_relative_std", "low_resolution_images", "num_samples",
@@ -156,7 +156,7 @@ def _where(entry: str) -> str:
 
 
 def shown_row(row: Row) -> tuple[Any, ...]:
-    """As it stands in the tables."""
+    """Returns the row as it stands in the tables."""
     steps = row.steps or "all"
     return (row.name, steps, row.evaluations, report.number(row.frechet_distance),
             report.number(row.seconds))  # fmt: skip
@@ -211,8 +211,10 @@ def _write(
     ]
     page = report.page(f"Samplers of {workdir.resolve().name}", about, [("Samplers", fragments)])
     text = json.dumps(result, indent=1) + "\n"
-    write_whole(workdir / "comparison.json", lambda path: path.write_text(text))
-    write_whole(workdir / "comparison.html", lambda path: path.write_text(page, encoding="utf-8"))
+    write_atomically(workdir / "comparison.json", lambda path: path.write_text(text))
+    write_atomically(
+        workdir / "comparison.html", lambda path: path.write_text(page, encoding="utf-8")
+    )
     print(about)
     print(report.plain_table(HEADER, table))
     print(said)

@@ -11,14 +11,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from ddpm.config import TASKS, with_settings
 from ddpm.data.images import read_image
-from ddpm.data.pipeline import to_float, to_uint8
-from ddpm.diffusion.keys import sample_keys
+from ddpm.diffusion.pixels import to_float, to_uint8
+from ddpm.diffusion.streams import sample_keys
 from ddpm.errors import InputError
-from ddpm.experiment import with_settings
+from ddpm.files import pictures
 from ddpm.modes.inputs import by, pictures_at
 from ddpm.modes.loading import Run, load_run
-from ddpm.sampling import editing, pictures
+from ddpm.sampling import editing
 from ddpm.sampling.sample import sample
 from ddpm.training import sharding
 
@@ -28,12 +29,12 @@ HOLE = 128  # grey level of what is to be painted, in the grid
 
 class Edited(NamedTuple):
     """results: uint8[n, K, H, W, C], K of each picture (or pair); rows: the same with what they
-    were made of, for the grid; `what` they depend on, for the name, and `told` of them."""
+    were made of, for the grid; `what` they depend on, for the name, and and a `report` of them."""
 
     results: np.ndarray
     rows: np.ndarray
     what: str
-    told: str = ""
+    report: str = ""
 
 
 def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> None:
@@ -41,7 +42,7 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> 
 
     What is drawn depends on config.sampling.seed and a variation's number alone. Writes
     workdir/edits/<name>.png, a row for each picture, and .npz, `images` uint8[n, H, W, C] in the
-    same order without what was given. The name tells task, settings and weights, and a digest of
+    same order without what was given. The name has task, settings and weights, and a digest of
     the pictures. Raises InputError.
     """
     e, task = config.editing, config.editing.task
@@ -78,8 +79,8 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> 
     pictures.save_grid(
         out / f"{name}.png", rows.reshape(-1, *images.shape[1:]), columns=rows.shape[1]
     )
-    if edited.told:
-        print(edited.told)
+    if edited.report:
+        print(edited.report)
     for suffix in ("npz", "png"):
         print(out / f"{name}.{suffix}")
 
@@ -88,7 +89,7 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> 
 
 
 def _keep(run: Run) -> np.ndarray:
-    """Where not to paint, bool[H, W, 1], by config.editing.mask or .box."""
+    """Returns where not to paint, bool[H, W, 1], by config.editing.mask or .box."""
     e, (height, width, _) = run.built.config.editing, run.built.image_shape
     if e.mask:
         mask = read_image(Path(e.mask).expanduser(), channels=1, image_size=None)
@@ -198,17 +199,14 @@ def _reconstruct(run: Run, images: np.ndarray) -> Edited:
     rows = _in_batches(run, one, size, np.zeros(len(images), int), x_0)
     results = rows[:, 1:]
     off = np.abs(results[:, 0].astype(int) - images)
-    told = f"reconstructed to {off.mean():.3g} of 255 levels on average, {off.max()} at most"
+    report = f"reconstructed to {off.mean():.3g} of 255 levels on average, {off.max()} at most"
     rows = np.concatenate([images[:, None], rows], axis=1)
-    return Edited(results, rows, f"reconstruct_i{iterations}", told)
+    return Edited(results, rows, f"reconstruct_i{iterations}", report)
 
 
-_TASKS: dict[str, Callable[[Run, np.ndarray], Edited]] = {
-    "vary": _vary,
-    "inpaint": _inpaint,
-    "interpolate": _interpolate,
-    "reconstruct": _reconstruct,
-}
+_TASKS: dict[str, Callable[[Run, np.ndarray], Edited]] = dict(
+    zip(TASKS, (_vary, _inpaint, _interpolate, _reconstruct), strict=True)
+)
 
 
 def _t(run: Run) -> int:
@@ -226,7 +224,8 @@ def _keys(run: Run, numbers: jax.Array) -> jax.Array:
 def _variations(
     run: Run, one: Callable[[Any, jax.Array, jax.Array], jax.Array], images: np.ndarray
 ) -> np.ndarray:
-    """config.editing.num_variations of each image, the k-th of all by one noise: [n, K, ..]."""
+    """Returns config.editing.num_variations of each image, the k-th of all by one noise: [n, K,
+    ..]."""
     config = run.built.config
     each = config.editing.num_variations
 
@@ -243,13 +242,13 @@ def _variations(
 def _in_batches(
     run: Run, function: Callable[..., jax.Array], size: int, *arrays: np.ndarray
 ) -> np.ndarray:
-    """function(denoiser, *batch) over the first axis of the arrays, compiled once, as uint8.
+    """Maps function(denoiser, *batch) over the first axis of the arrays, compiled once, to uint8.
 
     Batches are split over the devices; the last one is filled up and cut. Raises InputError for
     what is not finite.
     """
-    devices, n = run.mesh.devices.size, len(arrays[0])
-    size = -(-min(size, n) // devices) * devices
+    n = len(arrays[0])
+    size = sharding.rounded_up(min(size, n), run.mesh)
 
     @jax.jit
     def compiled(params: Any, *batch: jax.Array) -> tuple[jax.Array, jax.Array]:

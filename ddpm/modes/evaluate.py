@@ -9,26 +9,34 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ddpm import experiment
+from ddpm.build.data import held_out as held_out_data
+from ddpm.build.data import source as train_data
 from ddpm.config import PARTS, to_json
+from ddpm.data.images import check_image_shape
 from ddpm.errors import InputError
 from ddpm.evaluation import report
-from ddpm.files import write_whole
+from ddpm.files.atomic import write_atomically
 from ddpm.modes.inputs import with_small_images
-from ddpm.modes.loading import load_run
+from ddpm.modes.loading import RUN_ON, load_run
 from ddpm.modes.measures import chains, fidelity, likelihoods
 from ddpm.modes.measures.job import prepare
 from ddpm.training.logbook import say
 
 FAILED = "failed"  # in evaluation.json: why, by the part
 HEADER = ("figure", "of", "value", "how")
-_MEASURES = {
-    "bound": likelihoods.bound,
-    "flow": likelihoods.flow_likelihood,
-    "distances": fidelity.distances_to_data,
-    "neighbours": fidelity.neighbours,
-    "pictures": chains.pictures_of_chains,
-}
+_MEASURES = dict(
+    zip(
+        PARTS,
+        (
+            likelihoods.bound,
+            likelihoods.flow_likelihood,
+            fidelity.distances_to_data,
+            fidelity.neighbours,
+            chains.pictures_of_chains,
+        ),
+        strict=True,
+    )
+)
 
 
 def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
@@ -40,12 +48,10 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     """
     run = load_run(config, workdir, "evaluate", init_from)
     config = run.built.config
-    train, held_out = experiment.source(config), experiment.held_out(config)
+    train, held_out = train_data(config), held_out_data(config)
     for source in (train, held_out):
-        if source is not None and source.image_shape != run.built.image_shape:
-            raise InputError(
-                f"the run is on images of {run.built.image_shape}, these are {source.image_shape}"
-            )
+        if source is not None:
+            check_image_shape(source.image_shape, run.built.image_shape, RUN_ON)
     run = run._replace(built=with_small_images(run.built, config.evaluation.num_samples))
     wanted = [part for part in PARTS if part in config.evaluation.parts]
     job = prepare(run, workdir, train, held_out, wanted)
@@ -85,8 +91,8 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     }
     text = json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n"
     page = report.page(f"Evaluation of {workdir.resolve().name}", about, sections)
-    write_whole(workdir / "evaluation.json", lambda path: path.write_text(text))
-    write_whole(workdir / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    write_atomically(workdir / "evaluation.json", lambda path: path.write_text(text))
+    write_atomically(workdir / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
     print(about)
     if rows:
         print(report.plain_table(HEADER, rows))
@@ -97,7 +103,7 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null."""
+    """Replaces NaN, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -14,25 +14,30 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpm import experiment, networks, reverse_process
+from ddpm.build.data import source as data_source
+from ddpm.build.experiment import Experiment, build
+from ddpm.build.network import check_model
 from ddpm.config import to_json
-from ddpm.data.pipeline import to_float
+from ddpm.config.same_run import check_same_run
+from ddpm.data.images import check_image_shape
 from ddpm.diffusion.analytic import second_moments
+from ddpm.diffusion.pixels import to_float
 from ddpm.errors import InputError, first_line
-from ddpm.experiment import Experiment
-from ddpm.files import write_whole
+from ddpm.files.atomic import write_atomically
 from ddpm.interop import weights
 from ddpm.sampling.generate import Generator
 from ddpm.training import sharding, snapshots
 from ddpm.training.checkpoints import Checkpoints, digest, saved_meta
 from ddpm.training.logbook import say
 
+RUN_ON = "the run is on images of"
+
 
 class Run(NamedTuple):
     """The experiment, the weights that config.sampling.ema chooses, and where they are from.
 
-    `step` is None for weights of others; `origin` is told, `tag` begins the names of files, and
-    `digest` tells weights of one tag apart, those of a run begun anew in the same folder, say.
+    `step` is None for weights of others; `origin` is reported, `tag` begins the names of files, and
+    `digest` sets weights of one tag apart, those of a run begun anew in the same folder, say.
     """
 
     built: Experiment
@@ -44,28 +49,28 @@ class Run(NamedTuple):
     digest: str = ""
 
     def generator(self, num_samples: int) -> Generator:
-        """Of samples by config.sampling, for that many or more."""
+        """Returns the generator of config.sampling, for that many samples or more."""
         batch_size = min(self.built.config.sampling.batch_size, num_samples)
         return self.built.generator(self.mesh, batch_size=batch_size)
 
     def sample_name(self, seed: int, num_samples: int) -> str:
-        """Of the files of samples: all that they depend on."""
+        """Returns the name of files of samples, with all that they depend on."""
         s = self.built.config.sampling
-        how = reverse_process.sampler_name(self.built.config, self.built.schedule)
+        how = self.built.sampler_name
         raw = self.step is not None and not s.ema
         other = ("_raw" if raw else "") + ("" if s.clip else "_unclipped")
         steered = steering_name(s) + self._small_name()
         return f"{self.tag}_{how}{steered}_seed{seed}_n{num_samples}{other}"
 
     def fingerprint(self, *more: str) -> str:
-        """Of the weights and what is computed with them: model, diffusion, and the sections `more`
-        of the config. In the names of files that are used again."""
+        """Returns a digest of the weights and what is computed with them, for the names of files
+        that are used again: model, diffusion, and the sections `more` of the config."""
         config = to_json(self.built.config)
         about = [self.digest, *(config[section] for section in ("model", "diffusion", *more))]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
 
     def _small_name(self) -> str:
-        """Of what is enlarged, by its contents; '' where nothing is."""
+        """Returns a digest of what is enlarged; '' where nothing is."""
         small, noise = self.built.small_images, self.built.config.sampling.low_resolution_noise
         if small is None:
             return ""
@@ -74,7 +79,7 @@ class Run(NamedTuple):
 
 
 def steering_name(s: ConfigDict) -> str:
-    """Of the settings of config.sampling that steer samples, in file names; '' for none."""
+    """Returns the settings of config.sampling that steer samples, for file names; '' for none."""
     parts = [f"label{s.label}"] if s.label >= 0 else []
     if s.guidance_scale != 1:
         parts.append(f"guided{s.guidance_scale:.9g}")
@@ -90,7 +95,7 @@ def steering_name(s: ConfigDict) -> str:
 
 
 def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") -> Run:
-    """The weights of others where `init_from` names them, else the latest good checkpoint in
+    """Loads the pretrained weights that `init_from` names, else the latest good checkpoint in
     `workdir`; InputError without one, or of another experiment."""
     if jax.process_count() > 1:
         raise InputError(f"--mode={mode} runs in a single process: leave out --distributed")
@@ -102,7 +107,7 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
                 "--init_from names weights of others: leave it at 0"
             )
         found = weights.load(init_from, config)
-        built = experiment.build(found.config, found.image_shape)
+        built = build(found.config, found.image_shape)
         params = jax.device_put(found.params, sharding.replicated(mesh))
         origin = f"weights of {init_from}, sha256 {found.sha256[:8]}"
         run = Run(built, params, mesh, None, origin, f"weights_{found.sha256[:8]}")
@@ -114,11 +119,11 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
             f"no checkpoint in {workdir}: train first, with the same command without "
             f"--mode={mode}, or name weights of others with --init_from"
         )
-    experiment.check_same_run(config, saved["config"], workdir)
+    check_same_run(config, saved["config"], workdir)
     image_shape = tuple(saved["image_shape"])
-    built = experiment.build(config, image_shape)
+    built = build(config, image_shape)
     chosen = "ema_params" if config.sampling.ema else "params"
-    shapes = networks.check_model(built.model, image_shape)
+    shapes = check_model(built.model, image_shape)
     shapes |= jax.eval_shape(built.objective.schedule_parameters)
     abstract = {chosen: sharding.abstract_like(shapes, sharding.replicated(mesh))}
     checkpoints = Checkpoints(folder, read_only=True)
@@ -142,7 +147,8 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
 
 
 def with_variance(run: Run, workdir: Path) -> Run:
-    """With the moments that variance 'analytic' needs: from the run's folder, or measured now."""
+    """Returns the run with the moments that variance 'analytic' needs: from its folder, or measured
+    now."""
     config = run.built.config
     s = config.sampling
     if s.variance != "analytic":
@@ -158,11 +164,8 @@ def with_variance(run: Run, workdir: Path) -> Run:
         if moments.shape != wanted or not np.isfinite(moments).all():
             raise InputError(f"{path}: not {wanted[0]} finite numbers; remove it")
         return run._replace(built=run.built._replace(moments=jnp.asarray(moments)))
-    source = experiment.source(config)
-    if source.image_shape != run.built.image_shape:
-        raise InputError(
-            f"the run is on images of {run.built.image_shape}, these are {source.image_shape}"
-        )
+    source = data_source(config)
+    check_image_shape(source.image_shape, run.built.image_shape, RUN_ON)
     places = np.linspace(0, len(source) - 1, min(s.analytic_images, len(source))).astype(int)
     say(f"measuring the optimal variance on {len(places)} images, once ..")
     # Of one key for all, and not of the sampling seed: it belongs to the run.
@@ -182,12 +185,12 @@ def with_variance(run: Run, workdir: Path) -> Run:
         with temporary.open("wb") as file:
             np.savez(file, moments=moments)
 
-    write_whole(path, write)
+    write_atomically(path, write)
     return run._replace(built=run.built._replace(moments=jnp.asarray(moments)))
 
 
 def draw(run: Run, generator: Generator, num_samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Batches of samples, with a bar on a terminal."""
+    """Yields batches of samples, with a bar on a terminal."""
     with tqdm(total=num_samples, desc="sampling", unit="image", disable=None) as bar:
         for images in generator.batches(run.params, num_samples, seed=seed):
             bar.update(len(images))

@@ -5,8 +5,10 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from ddpm import experiment
+from ddpm.build.data import held_out as held_out_data
+from ddpm.build.data import source
 from ddpm.data.cache import cache_folder
+from ddpm.data.images import check_image_shape
 from ddpm.errors import InputError
 from ddpm.evaluation import comparison, report
 from ddpm.modes.measures.fidelity import NAMES
@@ -15,15 +17,16 @@ from ddpm.training import sharding
 
 
 def reference(config: ConfigDict, workdir: Path) -> None:
-    """What --mode=evaluate will compare with; it needs no run, and writes to the cache alone."""
+    """Computes what --mode=evaluate will compare with; it needs no run, and writes to the cache
+    alone."""
     del workdir
     if jax.process_count() > 1:
         raise InputError("--mode=reference runs in a single process: leave out --distributed")
-    train, held_out = experiment.source(config), experiment.held_out(config)
+    train, held_out = source(config), held_out_data(config)
     extractor = make_extractor(config, train.image_shape, sharding.data_mesh())
-    if held_out is not None and held_out.image_shape != train.image_shape:
-        raise InputError(
-            f"the training images are {train.image_shape}, those held out {held_out.image_shape}"
+    if held_out is not None:
+        check_image_shape(
+            held_out.image_shape, train.image_shape, "the training images are", "those held out"
         )
     data = features_of_data(config, extractor, train, held_out=False)
     print(f"{len(data.vectors):,} training images, {data.vectors.shape[1]} features each")

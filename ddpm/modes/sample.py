@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpm.files import pictures
 from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import draw, load_run
-from ddpm.sampling import pictures
 
 GRID_SAMPLES = 100
 CHAIN_SAMPLES = 25

@@ -16,23 +16,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from ddpm.build.checks import check
+from ddpm.build.schedule import noise_schedule
+from ddpm.build.variance import UNMEASURED
 from ddpm.config import nearest, to_json
-from ddpm.errors import InputError
+from ddpm.config.command import check_file, parse
+from ddpm.config.same_run import check_same_run
+from ddpm.errors import InputError, NotFinite
 from ddpm.evaluation import report
-from ddpm.experiment import UNMEASURED, check_same_run, noise_schedule
-from ddpm.files import write_whole
+from ddpm.files.atomic import write_atomically
 from ddpm.modes.evaluate import FAILED
 from ddpm.modes.measures.job import check_parts
 from ddpm.modes.measures.likelihoods import DEQUANTISED
-from ddpm.modes.train import NOT_FINITE
-from ddpm.objectives import check_objective
-from ddpm.reverse_process import check_sampling
 from ddpm.training.checkpoints import saved_meta
 from ddpm.training.logbook import say
-from ddpm.validation import check_steering, validate
 
 DIVERGED = "diverged"
 
@@ -69,14 +68,12 @@ COLUMNS = (
 
 
 def entries(names: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
-    """Of FILE.py, with all its variants if it has any, and FILE.py:VARIANT; the config flags of
-    `overrides` hold for each. InputError for what is wrong with one of them."""
+    """Returns the entries of FILE.py, with all its variants if it has any, and of FILE.py:VARIANT;
+    the config flags of `overrides` hold for each. InputError for what is wrong with one of them."""
     found = []
     for name in names:
         file, _, variant = name.partition(":")
-        if not Path(file).is_file():
-            known = sorted(p.as_posix() for p in Path("configs").rglob("*.py"))
-            raise InputError(f"--configs={name}: there is no such file{nearest(file, known)}")
+        check_file("configs", name)
         known = _variants(file)
         if variant and variant not in known:
             there = f"its variants are {', '.join(known)}" if known else "it has no variants"
@@ -90,23 +87,12 @@ def entries(names: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
     return found
 
 
-def overrides_of(argv: Sequence[str]) -> list[str]:
-    """The arguments that override keys of the config, each in one piece."""
-    found: list[str] = []
-    for argument, after in zip(argv, [*argv[1:], "-"], strict=True):
-        name = argument.lstrip("-")
-        if argument.startswith("-") and name.startswith(("config.", "noconfig.")):
-            alone = "=" in name or after.startswith("-")
-            found.append(argument if alone else f"{argument}={after}")
-    return found
-
-
 def sweep(rows: Sequence[Entry], seeds: Sequence[int], folder: Path, command: Path) -> None:
     """Trains and evaluates each entry with each seed, in `folder`/NAME_seedN, by `command`.
 
     Prints the table and writes it, with all values, to sweep.json in `folder`. A run whose loss is
-    not finite is told as such. Raises InputError where another fails or a folder is of another run,
-    KeyboardInterrupt if stopped; the same call goes on from there.
+    not finite is reported as such. Raises InputError where another fails or a folder is of another
+    run, KeyboardInterrupt if stopped; the same call resumes from there.
     """
     left = []
     for seed in seeds:
@@ -121,7 +107,7 @@ def sweep(rows: Sequence[Entry], seeds: Sequence[int], folder: Path, command: Pa
         arguments = [*entry.arguments, f"--config.seed={seed}", f"--workdir={workdir}"]
         say(f"{entry.name}, seed {seed}: training and evaluation, in {workdir}")
         code = _run([sys.executable, str(command), *arguments])
-        if code == NOT_FINITE:
+        if code == NotFinite.EXIT_CODE:
             _note_divergence(workdir, config)
             continue
         if code == 0 and _step(workdir) < config.training.steps:
@@ -133,8 +119,8 @@ def sweep(rows: Sequence[Entry], seeds: Sequence[int], folder: Path, command: Pa
 
 
 def _check_folder(workdir: Path, config: ConfigDict) -> None:
-    """InputError if its weights are not, or will not be, all of this config: a run alone may change
-    its learning rate on the way, a row of a table may not."""
+    """Raises InputError if its weights are not, or will not be, all of this config: a run alone may
+    change its learning rate on the way, a row of a table may not."""
     saved = saved_meta(workdir / "checkpoints")
     if saved is None:
         return
@@ -149,14 +135,15 @@ def _check_folder(workdir: Path, config: ConfigDict) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    """The exit code of a process that is told of Ctrl-C and SIGTERM, and left to end by itself."""
+    """Returns the exit code of a process that receives Ctrl-C and SIGTERM too, and is left to end
+    by itself."""
     with subprocess.Popen(arguments) as process, _handed_on(process):
         while True:
             try:
                 code = process.wait()
                 break
             except KeyboardInterrupt:
-                pass  # of the terminal, which tells the child as well
+                pass  # of the terminal, which sends it to the child as well
     if code < 0 or code == 130:
         raise KeyboardInterrupt
     return code
@@ -172,7 +159,7 @@ def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
-    """What the run came to, {DIVERGED: True} if it did; None if it is not finished."""
+    """Returns the result of the run, {DIVERGED: True} if it did; None if it is not finished."""
     for name in ("evaluation.json", f"{DIVERGED}.json"):
         path = workdir / name
         if path.exists():
@@ -185,7 +172,7 @@ def _result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
 
 def _note_divergence(workdir: Path, config: ConfigDict) -> None:
     text = json.dumps({DIVERGED: True, "config": to_json(config)}) + "\n"
-    write_whole(workdir / f"{DIVERGED}.json", lambda path: path.write_text(text))
+    write_atomically(workdir / f"{DIVERGED}.json", lambda path: path.write_text(text))
 
 
 def _step(workdir: Path) -> int:
@@ -229,7 +216,7 @@ def _write(rows: Sequence[Entry], seeds: Sequence[int], folder: Path) -> None:
         },
     }
     text = json.dumps(result, indent=1) + "\n"
-    write_whole(folder / "sweep.json", lambda path: path.write_text(text))
+    write_atomically(folder / "sweep.json", lambda path: path.write_text(text))
     print(f"{len(rows)} runs with {len(seeds)} seeds, mean ± standard deviation; {day}")
     print(report.plain_table(header, table))
     print(folder / "sweep.json")
@@ -247,7 +234,7 @@ def _bits(found: dict[str, Any]) -> float:
 
 
 def _variants(file: str) -> list[str]:
-    """The names in VARIANTS of a config file; [] for a file without."""
+    """Returns the names in VARIANTS of a config file; [] for a file without."""
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec is not None
     assert spec.loader is not None
@@ -260,23 +247,14 @@ def _variants(file: str) -> list[str]:
 
 
 def _config(arguments: list[str]) -> ConfigDict:
-    """The config that main.py would have of these arguments, checked but for what the data tell."""
-    values, argv = flags.FlagValues(), [sys.argv[0], *arguments]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    """Returns the config that main.py would have of these arguments, checked as a run does, but for
+    what the data decide."""
     try:
-        values(argv)
-        config: Any = values["config"].value
-        validate(config)
-        # Not only when its turn has come, hours after the first.
-        schedule = noise_schedule(config)
-        check_objective(config, schedule)
-        check_steering(config)
+        config: ConfigDict = parse([sys.argv[0], *arguments]).config
+        check(config)  # now, not when its turn has come, hours after the first
         if config.sampling.variance == "analytic":
             raise InputError(UNMEASURED)
-        check_sampling(config, schedule)
-        check_parts(config, schedule, config.evaluation.parts)
+        check_parts(config, noise_schedule(config), config.evaluation.parts)
     except InputError as error:
         raise InputError(f"{arguments[0]}: {error}") from error
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{' '.join(arguments)}: {error}") from error
     return config

@@ -1,48 +1,48 @@
-"""Training: build, restore, step, log, sample, save. Stopped at any moment, the same call
-goes on from the last checkpoint, and ends in the same weights bit for bit."""
+"""Training: build, restore, step, log, sample, save. Stopped at any moment, the same call resumes
+from the last checkpoint, and ends in the same weights bit for bit."""
 
-import contextlib
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ddpm import experiment
+from ddpm.build.data import check_labels, source
+from ddpm.build.experiment import Experiment, build
+from ddpm.build.objective import weight_at_end
 from ddpm.config import to_json
+from ddpm.config.combinations import check_steering
 from ddpm.data import pipeline
+from ddpm.data.images import check_image_shape
 from ddpm.data.sources import Source
-from ddpm.errors import InputError
-from ddpm.files import write_whole
+from ddpm.errors import InputError, NotFinite
+from ddpm.files import pictures
+from ddpm.files.atomic import write_atomically
 from ddpm.interop import weights
 from ddpm.modes.inputs import with_small_images
-from ddpm.objectives import weight_at_end
-from ddpm.sampling import pictures
+from ddpm.modes.run_folder import check_run, run_folder
 from ddpm.sampling.generate import Generator
 from ddpm.training import sharding, snapshots
 from ddpm.training.checkpoints import Checkpoints, items_of, parameter_count, saved_meta
 from ddpm.training.logbook import Logbook, plot_losses, say
-from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState, init, make_train_step
+from ddpm.training.loop import Callback, Progress, every, run
+from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState, init
+from ddpm.training.step import TrainStep, make_train_step
 from ddpm.training.stopping import StopSignal
-from ddpm.validation import check_steering
 
-NOT_FINITE = 3  # main.py's exit code for it
-MUCH_WEIGHT = 1e4  # of an error at t = T, in units of the median, of which one is told
-MUCH_SIGNAL = 0.05  # alpha_bar_T of which one is told; 4e-5 in the paper, and that of VDM 0.0067
-
-
-class NotFinite(RuntimeError):
-    """The loss or its gradient became NaN or infinite; the text names step and checkpoint."""
+MUCH_WEIGHT = 1e4  # of an error at t = T, in units of the median, that is worth a warning
+MUCH_SIGNAL = 0.05  # alpha_bar_T that is; 4e-5 in the paper, and in VDM 0.0067
 
 
 def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     """Trains to config.training.steps in `workdir`, from its latest good checkpoint if it has one,
-    else from the weights of others that `init_from` names, if it does.
+    else from the pretrained weights that `init_from` names, if it does.
 
     Leaves there: config.json, metrics.jsonl, losses.png, tensorboard/, samples/, checkpoints/.
     Raises InputError for what the user can mend, NotFinite if training diverged.
@@ -53,87 +53,152 @@ def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
         config = given.config
     check_steering(config)
     check_run(config, workdir)  # first of all: preparing a data set may take an hour
-    source = experiment.source(config)
-    experiment.check_labels(config, source)
-    built = experiment.build(config, source.image_shape)
-    built = with_small_images(built, config.sampling.num_samples)
+    data = source(config)
+    check_labels(config, data)
+    built = with_small_images(build(config, data.image_shape), config.sampling.num_samples)
     _ = built.sampler  # refused now, if at all, not when the first samples are due
-    check_run(config, workdir, source)
+    check_run(config, workdir, data)
     saved = saved_meta(workdir / "checkpoints")
     if given is not None and saved and saved.get("init_from", given.sha256) != given.sha256:
         raise InputError(
             f"{workdir} holds a run that did not begin from --init_from={init_from}: choose "
             "another --workdir"
         )
-    if given is not None and given.image_shape != source.image_shape:
-        raise InputError(
-            f"--init_from={init_from} is of images {given.image_shape}, these are "
-            f"{source.image_shape} (height, width, channels)"
+    if given is not None:
+        check_image_shape(
+            data.image_shape, given.image_shape, f"--init_from={init_from} is of images"
         )
     with run_folder(workdir):
-        _train(built, source, workdir, given)
+        _train(built, data, workdir, given)
 
 
-def _train(
-    built: experiment.Experiment, source: Source, workdir: Path, given: weights.Imported | None
-) -> None:
+def _train(built: Experiment, data: Source, workdir: Path, given: weights.Imported | None) -> None:
     config, training = built.config, built.config.training
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=training.checkpoints_kept)
-
-    # Everything on its devices: the weights on all of them, the batch split.
     mesh = sharding.data_mesh()
-    everywhere, split = sharding.replicated(mesh), sharding.split_batch(mesh)
-    optimizer = built.optimizer
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=training.checkpoints_kept)
+    state, origin = _first_state(built, checkpoints, mesh, given)
+    if jax.process_index() == 0:
+        text = json.dumps(to_json(config), indent=2) + "\n"
+        write_atomically(workdir / "config.json", lambda path: path.write_text(text))
+        snapshots.cut(workdir / "averages", int(state.step))
+    no_metrics = jax.jit(Metrics.zero, out_shardings=sharding.replicated(mesh))
+    progress = Progress(int(state.step), state, no_metrics())
+    logbook = Logbook(workdir, step=progress.step, steps=training.steps)
+    _announce(built, data, logbook, progress, given)
+    save = _saving(built, data, checkpoints, origin)
+    step, first = _compiled_step(built, mesh), progress.step
+    batch = _batches(built, data, mesh)
+    try:
+        with StopSignal() as stop:
+            draw = _drawing(built, mesh, logbook, workdir, stop)
+            callbacks = [
+                lambda progress: logbook.advance(),
+                _timing_the_first(logbook, first),
+                every(
+                    training.log_every,
+                    _logging(built, logbook, checkpoints, no_metrics),
+                    last=training.steps,
+                ),
+                _keeping_averages(built, workdir, checkpoints),
+                every(training.checkpoint_every, save),
+                _sampling_between(training, logbook, save, draw, stop),
+            ]
+            run(progress, step, pipeline.prefetch(batch, first, training.steps), callbacks, stop)
+            save(progress)
+            checkpoints.wait()
+            if not stop.name:
+                draw(progress)
+            if stop.name:
+                logbook.say(
+                    f"{stop.name}: saved at step {progress.step} of {training.steps}; "
+                    "the same command resumes from here"
+                )
+                return
+        logbook.say(
+            f"done: step {progress.step}; samples, losses.png and checkpoints are in {workdir}"
+        )
+    except InputError:  # of a picture that cannot be read, found on the way
+        if progress.step > first and jax.process_count() == 1:  # others may be a step ahead by now
+            save(progress)
+        raise
+    finally:
+        logbook.close()
+        checkpoints.close()
+
+
+# --- What a run begins with
+
+
+def _first_state(
+    built: Experiment, checkpoints: Checkpoints, mesh: Mesh, given: weights.Imported | None
+) -> tuple[TrainState, str]:
+    """Returns the state to begin at, and the digest of the pretrained weights it began from."""
+    everywhere = sharding.replicated(mesh)
     start = jax.jit(
         lambda: init(
             built.model,
-            optimizer,
-            source.image_shape,
-            config.seed,
-            built.objective.history,
-            schedule_parameters=built.objective.schedule_parameters(),
+            built.optimizer,
+            built.image_shape,
+            built.config.seed,
+            built.objective,
             other_averages=len(built.other_ema_rates),
         ),
         out_shardings=everywhere,
     )
     state = resume(checkpoints, jax.eval_shape(start), everywhere)
-    saved = saved_meta(workdir / "checkpoints") or {}
-    began_from = saved.get("init_from", "") if given is None else given.sha256
+    saved = saved_meta(checkpoints.folder) or {}
     if state is None:
         state = start()
         if given is not None:
             params, ema_params = (jax.device_put(given.params, everywhere) for _ in range(2))
             state = state._replace(params=params, ema_params=ema_params)
-    if jax.process_index() == 0:
-        text = json.dumps(to_json(config), indent=2) + "\n"
-        write_whole(workdir / "config.json", lambda path: path.write_text(text))
-    no_metrics = jax.jit(Metrics.zero, out_shardings=everywhere)
-    metrics = no_metrics()
-    train_step = jax.jit(
+    return state, saved.get("init_from", "") if given is None else given.sha256
+
+
+def resume(checkpoints: Checkpoints, abstract: TrainState, placed: Any) -> TrainState | None:
+    """Returns the state of the newest good checkpoint, placed on the devices; None without one."""
+    found = checkpoints.restore(sharding.abstract_like(items_of(abstract), placed), say)
+    if found is None:
+        return None
+    items, meta = found
+    step = jax.device_put(np.int32(meta["step"]), placed)
+    return TrainState(step, **items)
+
+
+def _compiled_step(built: Experiment, mesh: Mesh) -> TrainStep:
+    """Returns the training step over the devices: the weights on all of them, the batch split."""
+    config, everywhere = built.config, sharding.replicated(mesh)
+    split = sharding.split_batch(mesh)
+    return jax.jit(
         make_train_step(
             built.model,
-            built.schedule,
-            optimizer,
+            built.objective,
+            built.optimizer,
             ema_decay=built.ema_rate,
             other_ema_rates=built.other_ema_rates,
             seed=config.seed,
-            objective=built.objective,
             num_classes=config.model.num_classes,
-            label_dropout=training.label_dropout,
+            label_dropout=config.training.label_dropout,
             prepare=built.prepare,
-            self_conditioning=training.self_conditioning,
         ),
         in_shardings=(everywhere, everywhere, split, split),
         out_shardings=everywhere,
         donate_argnums=(0, 1),
     )
 
+
+def _batches(
+    built: Experiment, data: Source, mesh: Mesh
+) -> Callable[[int], tuple[jax.Array, jax.Array | None]]:
+    """Returns the function of a step to its images and labels, on the devices."""
+    config = built.config
+
     def batch(step: int) -> tuple[jax.Array, jax.Array | None]:
         part = pipeline.train_batch(
-            source,
+            data,
             config.seed,
             step,
-            training.batch_size,
+            config.training.batch_size,
             flip=config.data.flip,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -144,17 +209,25 @@ def _train(
         assert part.label is not None  # of check_labels
         return images, sharding.to_devices(mesh, part.label)
 
-    step = int(state.step)
-    if jax.process_index() == 0:
-        snapshots.cut(workdir / "averages", step)
-    logbook = Logbook(workdir, step=step, steps=training.steps)
-    shape = "x".join(map(str, source.image_shape))
+    return batch
+
+
+def _announce(
+    built: Experiment,
+    data: Source,
+    logbook: Logbook,
+    progress: Progress,
+    given: weights.Imported | None,
+) -> None:
+    """Logs what begins, and what of it looks like a mistake."""
+    config, step = built.config, progress.step
+    shape = "x".join(map(str, data.image_shape))
     begun = "from the start" if given is None else f"from weights {given.sha256[:8]}"
-    origin = f"going on at step {step}" if step else begun
+    origin = f"resuming at step {step}" if step else begun
     logbook.say(
-        f"{parameter_count(state.params):,} parameters, {len(source):,} images of {shape}, "
+        f"{parameter_count(progress.state.params):,} parameters, {len(data):,} images of {shape}, "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}; {origin}, "
-        f"to step {training.steps}, in {workdir}"
+        f"to step {config.training.steps}, in {logbook.path.parent}"
     )
     left = float(built.schedule.alpha_bar[-1])
     if left > MUCH_SIGNAL:
@@ -162,168 +235,124 @@ def _train(
             f"alpha_bar_T = {left:.2g}: x_T still shows the data, and samples begin without; see "
             "config.diffusion (the betas of 'linear' are for T = 1000)"
         )
-
     weight = weight_at_end(config, built.schedule)
     if weight > MUCH_WEIGHT:
         logbook.say(
-            f"config.training.loss_weight = {training.loss_weight!r} counts an error of "
+            f"config.training.loss_weight = {config.training.loss_weight!r} counts an error of "
             f"{config.diffusion.prediction!r} at t = T as {weight:.0e} at the median t, nearly all "
             "of the loss: such a weight is for the predictions x_0, v and edm"
         )
 
+
+# --- Callbacks
+
+
+def _timing_the_first(logbook: Logbook, first: int) -> Callback:
+    """Logs how long compiling took, once the first step is done."""
+    began = time.perf_counter()
+
+    def callback(progress: Progress) -> None:
+        if progress.step == first + 1:
+            jax.block_until_ready(progress.state)
+            logbook.say(f"first step after {time.perf_counter() - began:.1f} s of compiling")
+            logbook.start_clock(progress.step)
+
+    return callback
+
+
+def _logging(
+    built: Experiment, logbook: Logbook, checkpoints: Checkpoints, no_metrics: Callable[[], Metrics]
+) -> Callback:
+    """Logs the metrics and resets them."""
+
+    def callback(progress: Progress) -> None:
+        check_finite(progress.metrics, checkpoints)
+        logbook.scalars(progress.step, summary(progress.metrics, built.schedule.num_steps))
+        progress.metrics = no_metrics()
+
+    return callback
+
+
+def _saving(built: Experiment, data: Source, checkpoints: Checkpoints, origin: str) -> Callback:
+    """Saves a checkpoint, unless this step has one."""
+    about = {
+        "config": to_json(built.config),
+        "image_shape": data.image_shape,
+        "num_images": len(data),
+        "init_from": origin,
+    }
+
+    def callback(progress: Progress) -> None:
+        check_finite(progress.metrics, checkpoints)
+        if checkpoints.latest_step() != progress.step:
+            checkpoints.save(progress.state, about)
+
+    return callback
+
+
+def _keeping_averages(built: Experiment, workdir: Path, checkpoints: Checkpoints) -> Callback:
+    """Saves snapshots of the averages, of which any width can be made afterwards."""
+    training = built.config.training
+
+    def callback(progress: Progress) -> None:
+        check_finite(progress.metrics, checkpoints)
+        if jax.process_index() == 0:
+            state = progress.state
+            averages = (state.ema_params, *state.other_ema_params)
+            stds = training.ema_relative_stds
+            snapshots.save(workdir / "averages", progress.step, averages, stds)
+
+    steps = training.ema_snapshot_every
+    return every(steps, callback, last=training.steps if steps else 0)
+
+
+def _sampling_between(
+    training: ConfigDict, logbook: Logbook, save: Callback, draw: Callback, stop: StopSignal
+) -> Callback:
+    """Saves and samples now and then, but not at the end, where both are due anyway."""
+
+    def callback(progress: Progress) -> None:
+        if progress.step < training.steps and not stop.name:
+            save(progress)  # before what takes long
+            draw(progress)
+            logbook.start_clock(progress.step)
+
+    return every(training.sample_every, callback)
+
+
+def _drawing(
+    built: Experiment, mesh: Mesh, logbook: Logbook, workdir: Path, stop: StopSignal
+) -> Callback:
+    """Draws a grid of samples; none if a signal comes between two batches of them."""
+    s = built.config.sampling
+    learns_schedule = bool(built.objective.schedule_parameters())
+
     @functools.cache
     def fixed_generator() -> Generator:
-        return built.generator(mesh, batch_size=config.sampling.batch_size)
+        return built.generator(mesh, batch_size=s.batch_size)
 
-    def generator_for(params: Any) -> Generator:
-        """Compiled once, but for a schedule that was learned on."""
-        if built.objective.begin is None:
-            return fixed_generator()
-        now = built.with_schedule(jax.device_get(params))
-        return now.generator(mesh, batch_size=config.sampling.batch_size)
+    def parts(params: Any) -> Iterator[np.ndarray]:
+        """Yields batches of samples; compiled once, unless the schedule is being learned."""
+        generator = fixed_generator() if not learns_schedule else None
+        if generator is None:
+            now = built.with_schedule(jax.device_get(params))
+            generator = now.generator(mesh, batch_size=s.batch_size)
+        return generator.batches(params, s.num_samples, seed=s.seed)
 
-    def save(state: TrainState, metrics: Metrics) -> None:
-        check_finite(metrics, checkpoints)
-        if checkpoints.latest_step() != int(state.step):
-            about = {
-                "config": to_json(config),
-                "image_shape": source.image_shape,
-                "num_images": len(source),
-                "init_from": began_from,
-            }
-            checkpoints.save(state, about)
-
-    def keep_averages(state: TrainState) -> None:
-        check_finite(metrics, checkpoints)
-        if jax.process_index() == 0:
-            averages = (state.ema_params, *state.other_ema_params)
-            snapshots.save(
-                workdir / "averages", int(state.step), averages, training.ema_relative_stds
-            )
-
-    def draw(state: TrainState, stop: StopSignal) -> None:
-        """A grid of samples; none if a signal comes between two batches of them."""
-        step, params = int(state.step), state.ema_params if config.sampling.ema else state.params
-        s, batches = config.sampling, []
-        generator = generator_for(params)
-        for part in generator.batches(params, s.num_samples, seed=s.seed):
+    def callback(progress: Progress) -> None:
+        batches = []
+        for part in parts(progress.state.ema_params if s.ema else progress.state.params):
             batches.append(part)
             if stop.name:
                 return
         if not logbook.speaks:
             return
         images = np.concatenate(batches)
-        pictures.save_grid(workdir / "samples" / f"step_{step:08}.png", images)
-        logbook.image(step, "samples", pictures.grid(images))
+        pictures.save_grid(workdir / "samples" / f"step_{progress.step:08}.png", images)
+        logbook.image(progress.step, "samples", pictures.grid(images))
         plot_losses(logbook.path, workdir / "losses.png")
 
-    first, began = step, time.perf_counter()
-    try:
-        with StopSignal() as stop:
-            for images, labels in pipeline.prefetch(batch, step, training.steps):
-                state, metrics = train_step(state, metrics, images, labels)
-                step += 1
-                logbook.advance()
-                if step == first + 1:
-                    jax.block_until_ready(state)
-                    logbook.say(
-                        f"first step after {time.perf_counter() - began:.1f} s of compiling"
-                    )
-                    logbook.start_clock(step)
-                if step % training.log_every == 0 or step == training.steps:
-                    check_finite(metrics, checkpoints)
-                    logbook.scalars(step, summary(metrics, built.schedule.num_steps))
-                    metrics = no_metrics()
-                every = training.ema_snapshot_every
-                if every and (step % every == 0 or step == training.steps):
-                    keep_averages(state)
-                if step % training.checkpoint_every == 0:
-                    save(state, metrics)
-                between = training.sample_every and step < training.steps
-                if between and step % training.sample_every == 0 and not stop.name:
-                    save(state, metrics)  # before what takes long
-                    draw(state, stop)
-                    logbook.start_clock(step)
-                if stop.requested(step):
-                    break
-            save(state, metrics)
-            checkpoints.wait()
-            if not stop.name:
-                draw(state, stop)
-            if stop.name:
-                logbook.say(
-                    f"{stop.name}: saved at step {step} of {training.steps}; "
-                    "the same command goes on from here"
-                )
-                return
-        logbook.say(f"done: step {step}; samples, losses.png and checkpoints are in {workdir}")
-    except InputError:  # of a picture that cannot be read, found on the way
-        if step > first and jax.process_count() == 1:  # others may be in the next step by now
-            save(state, metrics)
-        raise
-    finally:
-        logbook.close()
-        checkpoints.close()
-
-
-def check_run(config: ConfigDict, workdir: Path, source: Source | None = None) -> None:
-    """InputError if the folder holds the run of another experiment, or of images of other shape.
-
-    Says in a line each what is not the same and may be.
-    """
-    saved = saved_meta(workdir / "checkpoints")
-    if saved is None:
-        return
-    changed = experiment.check_same_run(config, saved["config"], workdir)
-    if source is None:
-        return
-    shape, count = tuple(saved["image_shape"]), saved["num_images"]
-    if shape != source.image_shape:
-        raise InputError(
-            f"{workdir} holds a run on images of {shape}, these are {source.image_shape} (height, "
-            "width, channels): choose another --workdir"
-        )
-    if count != len(source):
-        changed.append(f"{len(source):,} images, before {count:,}")
-    if changed and jax.process_index() == 0:
-        say(f"changed since the last checkpoint: {'; '.join(changed)}")
-
-
-@contextlib.contextmanager
-def run_folder(workdir: Path) -> Iterator[None]:
-    """The folder, made if need be and locked; InputError if it cannot be written, or is in use."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "checkpoints").mkdir(exist_ok=True)
-        lock = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise InputError(
-            f"the run folder {workdir} cannot be written ({error.strerror}): "
-            "choose another with --workdir"
-        ) from error
-    with lock:
-        if jax.process_index() == 0:
-            try:
-                import fcntl
-
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back however this ends
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another process is training in {workdir}: choose another --workdir"
-                ) from error
-            except (ImportError, OSError):
-                pass  # a system, or a network's file system, without locks
-        yield
-
-
-def resume(checkpoints: Checkpoints, abstract: TrainState, placed: Any) -> TrainState | None:
-    """The state of the newest good checkpoint, placed on the devices; None without one."""
-    found = checkpoints.restore(sharding.abstract_like(items_of(abstract), placed), say)
-    if found is None:
-        return None
-    items, meta = found
-    step = jax.device_put(np.int32(meta["step"]), placed)
-    return TrainState(step, **items)
+    return callback
 
 
 def check_finite(metrics: Metrics, checkpoints: Checkpoints) -> None:
@@ -341,7 +370,7 @@ def check_finite(metrics: Metrics, checkpoints: Checkpoints) -> None:
 
 
 def summary(metrics: Metrics, num_steps: int) -> dict[str, float]:
-    """Means since the last line: the loss, the gradient's norm, the loss by parts of 1..T."""
+    """Returns means since the last line: loss, norm of the gradient, loss by parts of 1..T."""
     m = jax.device_get(metrics)
     row = {"loss": float(m.loss / m.steps), "grad_norm": float(m.grad_norm / m.steps)}
     edges = -(-np.arange(NUM_BUCKETS + 1) * num_steps // NUM_BUCKETS)

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm.diffusion.gaussian import q_sample, q_step, same_shape
-from ddpm.diffusion.keys import normal, one_each
 from ddpm.diffusion.predictions import Denoiser, Prediction
-from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.process import Noise, StepInfo, StepResult, no_memory
+from ddpm.diffusion.schedules import NoiseSchedule, require_signal
+from ddpm.diffusion.streams import KNOWN, keys_per_example, noise_streams, normal
 from ddpm.sampling import samplers
-from ddpm.sampling.sample import check_times, noise_streams, sample
-from ddpm.sampling.samplers import Noise, Sampler, Stepped, Stride, ancestral, nothing
+from ddpm.sampling.sample import check_times, sample
+from ddpm.sampling.samplers import Sampler, ancestral
 
 Times = Sequence[float] | np.ndarray
 
@@ -44,7 +45,7 @@ def vary(
 
     Raises ValueError for a t outside 1..T.
     """
-    keys, below = one_each(key, len(x_0)), _from(t, schedule, sampler, times)
+    keys, below = keys_per_example(key, len(x_0)), _from(t, schedule, sampler, times)
     x_t = _noised(keys, schedule, x_0, below)
     return sample(keys, schedule, denoiser, x_0.shape, sampler=sampler, times=below, x_t=x_t)
 
@@ -72,7 +73,7 @@ def interpolate(
     Arguments and errors are those of `vary`. Returns [F, B, ...].
     """
     same_shape(x_0=x_0, other=other)
-    keys, below = one_each(key, len(x_0)), _from(t, schedule, sampler, times)
+    keys, below = keys_per_example(key, len(x_0)), _from(t, schedule, sampler, times)
     first = _noised(keys, schedule, x_0, below)
     last = _noised(
         keys if shared_noise else jax.vmap(jax.random.split)(keys)[:, 1], schedule, other, below
@@ -108,7 +109,7 @@ def share(
 
     Raises ValueError unless t is among the times, before the last.
     """
-    keys, whole = one_each(key, shape[0]), _whole(schedule, sampler, times)
+    keys, whole = keys_per_example(key, shape[0]), _whole(schedule, sampler, times)
     if t not in whole[:-1]:
         raise ValueError(f"t = {t:g}: must be one of the chain's times above {whole[-1]:g}")
     place = whole.index(t)
@@ -137,7 +138,8 @@ def inpaint(
     jump_length: int = 10,
     resamplings: int = 10,
 ) -> jax.Array:
-    """x_0 with what is not kept drawn anew, to fit: RePaint (Lugmayr et al. 2022, Algorithm 1).
+    """Returns x_0 with what is not kept drawn anew, to fit: RePaint (Lugmayr et al. 2022, Algorithm
+    1).
 
     Args:
       keep: bool, [B, ...] or broadcastable to it: True where x_0 is known.
@@ -163,16 +165,17 @@ def inpaint(
 
 
 def inpainting(sampler: Sampler, x_0: jax.Array, keep: jax.typing.ArrayLike) -> Sampler:
-    """A sampler of what is not kept of x_0, given the rest; it can go up in time, to try again.
+    """Returns a sampler of what is not kept of x_0, given the rest; it can go up in time, to try
+    again.
 
     Down to s: q(x_s | x_0) where x_0 is kept, the sampler's step elsewhere; at s = 0 x_0 itself.
-    Up to t: q(x_t | x_s), for which the denoiser is not called (told is what it said last).
+    Up to t: q(x_t | x_s), for which the denoiser is not called (the last prediction is kept).
     Going down once, what is painted fits the known part badly; `repaint_times` goes up and down.
 
     Raises ValueError for a sampler with a memory, which a jump would make wrong, and for a `keep`
     that is not bool or does not fit x_0.
     """
-    if sampler.memory is not nothing:
+    if sampler.memory is not no_memory:
         raise ValueError("inpainting jumps back in time: it needs a sampler without a memory")
     keep, x_0 = jnp.asarray(keep), jnp.asarray(x_0, jnp.float32)
     if keep.dtype != bool:
@@ -186,16 +189,16 @@ def inpainting(sampler: Sampler, x_0: jax.Array, keep: jax.typing.ArrayLike) -> 
         schedule: NoiseSchedule,
         denoiser: Denoiser,
         x_t: jax.Array,
-        stride: Stride,
+        step_info: StepInfo,
         noise: Noise,
         last: Prediction,
-    ) -> Stepped:
-        t, s = stride.t, stride.s
+    ) -> StepResult:
+        t, s = step_info.t, step_info.s
 
         def down() -> tuple[jax.Array, Prediction, jax.Array]:
             # Its noises are the even ones, 0 among them: with nothing kept it is `sampler`.
-            found = sampler.step(schedule, denoiser, x_t, stride, lambda k=0: noise(2 * k), ())
-            known = q_sample(schedule, x_0, s, noise(1))
+            found = sampler.step(schedule, denoiser, x_t, step_info, lambda k=0: noise(2 * k), ())
+            known = q_sample(schedule, x_0, s, noise(KNOWN))
             said = Prediction(found.prediction.x_0, found.prediction.eps)
             calls = jnp.asarray(found.evaluations, jnp.int32)
             return jnp.where(keep, known, found.x), said, calls
@@ -204,16 +207,16 @@ def inpainting(sampler: Sampler, x_0: jax.Array, keep: jax.typing.ArrayLike) -> 
             return q_step(schedule, x_t, s, noise(), s=t), last, jnp.zeros((), jnp.int32)
 
         x_s, said, calls = jax.lax.cond(s > t, up, down)
-        return Stepped(x_s, said, said, calls)
+        return StepResult(x_s, said, said, calls)
 
     def memory(x: jax.Array) -> Any:
         return Prediction(jnp.zeros_like(x), jnp.zeros_like(x))
 
-    return Sampler(step, sampler.steps, memory, turns=True)
+    return sampler._replace(step=step, memory=memory, may_increase_t=True)
 
 
 def repaint_times(times: Times, *, jump_length: int = 10, resamplings: int = 10) -> np.ndarray:
-    """The times of a chain, [N + 1], that goes up again every `jump_length` steps.
+    """Returns the times of a chain, [N + 1], that goes up again every `jump_length` steps.
 
     From the first time above the last one, and from every jump_length-th after it, the chain goes
     up by jump_length steps and down again, until it has been there `resamplings` times: the
@@ -265,7 +268,8 @@ def invert(
     times: Times | None = None,
     iterations: int = 20,
 ) -> Inversion:
-    """The x_T from which `ddim()` over the same times reaches x_0, exact where it converges.
+    """Returns the x_T from which `ddim()` over the same times reaches x_0, exact where it
+    converges.
 
     Each step x_s = ddim(x_t) is solved for x_t by fixed-point iteration, from the eps of the point
     before; with no iterations that is the usual inversion (Song et al. 2021, Section 5.4), right to
@@ -288,8 +292,8 @@ def invert(
     if iterations < 0:
         raise ValueError(f"iterations = {iterations}: must not be negative")
     falling = check_times(_whole(schedule, None, times), schedule.num_steps)
-    if falling[0] == schedule.num_steps and schedule.ends_without_signal():
-        raise ValueError("the schedule leaves no signal at t = T, from which no x_0 can be found")
+    if falling[0] == schedule.num_steps:
+        require_signal(schedule, "from which no x_0 can be found")
     rising = jnp.asarray(falling[::-1].copy())
     x_0 = jnp.asarray(x_0, jnp.float32)
 
@@ -297,12 +301,12 @@ def invert(
         return denoiser(x, jnp.broadcast_to(t, x.shape[:1]))
 
     def total(x: jax.Array) -> jax.Array:
-        """Of each example, [B, 1, ...]."""
+        """Sums each example: [B, 1, ...]."""
         return x.sum(axis=tuple(range(1, x.ndim)), keepdims=True)
 
-    def rise(carry: Any, stride: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+    def rise(carry: Any, step_info: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         x_s, eps, worst = carry
-        s, t = stride
+        s, t = step_info
         step = schedule.between(s, t)
         # alpha_t (r_t - r_s), without the difference of what may be nearly equal.
         by_eps = -step.t.sigma * jnp.expm1(-step.log_snr_drop / 2)
@@ -340,7 +344,7 @@ def invert(
 
 
 def _whole(schedule: NoiseSchedule, sampler: Sampler | None, times: Times | None) -> list[Any]:
-    """The times of a whole chain, those given or the sampler's own."""
+    """Returns the times of a whole chain, those given or the sampler's own."""
     if times is None:
         times = samplers.times(schedule.num_steps, sampler.steps if sampler else None)
     return np.asarray(times).tolist()
@@ -349,7 +353,7 @@ def _whole(schedule: NoiseSchedule, sampler: Sampler | None, times: Times | None
 def _from(
     t: float, schedule: NoiseSchedule, sampler: Sampler | None, times: Times | None
 ) -> list[Any]:
-    """t, and the times of the whole chain below it."""
+    """Returns t, and the times of the whole chain below it."""
     if not 1 <= t <= schedule.num_steps:
         raise ValueError(f"t = {t:g}: must be in 1..T = {schedule.num_steps}")
     return [t] + [s for s in _whole(schedule, sampler, times) if s < t]
@@ -358,7 +362,8 @@ def _from(
 def _noised(
     keys: jax.Array, schedule: NoiseSchedule, x_0: jax.Array, times: list[Any]
 ) -> jax.Array:
-    """x_t at the first of the times, by the noise that a chain over them would begin with."""
+    """Returns x_t at the first of the times, with the noise that a chain over them would begin
+    with."""
     t = check_times(times, schedule.num_steps)
     eps = normal(keys, _stream(times, schedule), x_0.shape[1:])
     return q_sample(schedule, jnp.asarray(x_0, jnp.float32), jnp.asarray(t)[0], eps)

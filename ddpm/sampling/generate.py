@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ddpm.data.pipeline import to_uint8
-from ddpm.diffusion.keys import sample_keys
+from ddpm.diffusion.pixels import to_uint8
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.streams import sample_keys
 from ddpm.errors import InputError
 from ddpm.sampling import samplers
 from ddpm.sampling.editing import share
@@ -89,7 +89,7 @@ class Generator:
         self._draw_chain = jax.jit(draw_chain, static_argnums=0)
 
     def batches(self, params: Any, num_samples: int, *, seed: int) -> Iterator[np.ndarray]:
-        """uint8[n, H, W, C], n <= batch_size, until num_samples have come.
+        """Yields uint8[n, H, W, C], n <= batch_size, until there are num_samples.
 
         Raises InputError for samples that are not finite, which uint8 would hide.
         """
@@ -106,17 +106,18 @@ class Generator:
             yield _whole(images)[: num_samples - start]
 
     def samples(self, params: Any, num_samples: int, *, seed: int) -> np.ndarray:
-        """All of them at once, uint8[num_samples, H, W, C]."""
+        """Returns all samples at once, uint8[num_samples, H, W, C]."""
         return np.concatenate(list(self.batches(params, num_samples, seed=seed)))
 
     def chain(self, params: Any, num_samples: int, *, seed: int, snapshots: int) -> np.ndarray:
-        """x_t on the way to x_0, the last frame: uint8[frames, num_samples, H, W, C]."""
+        """Returns x_t on the way to x_0, the last frame: uint8[frames, num_samples, H, W, C]."""
         keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
         given = self._given(0, num_samples)
         return np.asarray(self._draw_chain(snapshots, params, keys, *given))
 
     def progressive(self, params: Any, num_samples: int, *, seed: int, snapshots: int) -> Any:
-        """x_0 as predicted along the chains (Figure 6): uint8[snapshots, num_samples, H, W, C]."""
+        """Returns x_0 as predicted along the chains (Figure 6): uint8[snapshots, num_samples, H, W,
+        C]."""
         keys = sample_keys(jax.random.key(seed), np.arange(num_samples))
         given = self._given(0, num_samples)
         return np.asarray(self._draw_predicted(snapshots, params, keys, *given))
@@ -132,7 +133,7 @@ class Generator:
         return np.asarray(self._draw_sharing(t, params, keys, *self._given(0, 1)))
 
     def _given(self, start: int, n: int) -> tuple[np.ndarray, ...]:
-        """What samples start, .., start + n - 1 are made from, where there is such."""
+        """Returns the images that samples start .. start + n - 1 are made from, if any."""
         images = self._given_images
         return () if images is None else (images[np.arange(start, start + n) % len(images)],)
 

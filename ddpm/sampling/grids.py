@@ -19,30 +19,32 @@ MOST_NOISE = 80.0
 
 
 def uniform(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """Evenly spread from T to 0 and rounded: int[steps + 1]."""
+    """Returns times evenly spread from T to 0 and rounded: int[steps + 1]."""
     return samplers.times(schedule.num_steps, steps)
 
 
 def trailing(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """The same as `uniform`, under the name that it has elsewhere: the last time T is visited."""
+    """Returns the same as `uniform`, under the name that it has elsewhere: the last time T is
+    visited."""
     return uniform(schedule, steps)
 
 
 def leading(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """1 + k floor(T / N) for k = N - 1..0: the first time 1 is visited, and T often not."""
+    """Returns 1 + k floor(T / N) for k = N - 1..0: the first time 1 is visited, and T often not."""
     _check(schedule, steps)
-    stride = schedule.num_steps // steps
-    return np.append(1 + stride * np.arange(steps)[::-1], 0).astype(np.int32)
+    step_info = schedule.num_steps // steps
+    return np.append(1 + step_info * np.arange(steps)[::-1], 0).astype(np.int32)
 
 
 def linspace(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """Evenly spread from T to 1, both visited, and rounded; then 0."""
+    """Returns times evenly spread from T to 1, both visited, and rounded; then 0."""
     _check(schedule, steps)
     return np.append(np.rint(np.linspace(schedule.num_steps, 1, steps)), 0).astype(np.int32)
 
 
 def quadratic(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """sqrt(t) evenly spread from sqrt(T) to 0 (as Song et al. 2021 do for CIFAR-10), rounded.
+    """Returns times with sqrt(t) evenly spread from sqrt(T) to 0 (as Song et al. 2021 do for
+    CIFAR-10), rounded.
 
     Of the smallest times, which rounding would merge, each is visited once.
     """
@@ -54,7 +56,8 @@ def quadratic(schedule: NoiseSchedule, steps: int) -> np.ndarray:
 def log_snr(
     schedule: NoiseSchedule, steps: int, *, sigma_max: float | None = MOST_NOISE
 ) -> np.ndarray:
-    """Log-SNR evenly spread from sigma_max = sigma/alpha to that of t = 1; then 0. Fractional.
+    """Returns fractional times with log-SNR evenly spread from sigma_max = sigma/alpha to that of t
+    = 1; then 0.
 
     sigma_max: where the noise is more, the chain begins with that; None: at T.
     """
@@ -70,7 +73,8 @@ def karras(
     rho: float = 7.0,
     sigma_max: float | None = MOST_NOISE,
 ) -> np.ndarray:
-    """(sigma/alpha)^(1/rho) evenly spread (Karras et al. 2022, Eq. 5); ends as in `log_snr`.
+    """Returns times with (sigma/alpha)^(1/rho) evenly spread (Karras et al. 2022, Eq. 5); ends as
+    in `log_snr`.
 
     Raises ValueError unless rho > 0.
     """
@@ -87,13 +91,13 @@ def _check(schedule: NoiseSchedule, steps: int) -> None:
 
 
 def _table(schedule: NoiseSchedule) -> np.ndarray:
-    """The log-SNR of t = 1..T in float64, without T where no signal is left."""
+    """Returns the log-SNR of t = 1..T in float64, without T where no signal is left."""
     high, low = (np.asarray(x, np.float64)[1:] for x in (schedule.log_snr, schedule.log_snr_low))
     return (high + low)[np.isfinite(high)]
 
 
 def _ends(schedule: NoiseSchedule, sigma_max: float | None) -> tuple[float, float]:
-    """The log-SNR where a chain begins, and that of t = 1."""
+    """Returns the log-SNR where a chain begins, and that of t = 1."""
     table = _table(schedule)
     if len(table) < 2:
         raise ValueError(
@@ -115,6 +119,6 @@ def _at_log_snr(schedule: NoiseSchedule, wanted: np.ndarray) -> np.ndarray:
     table = _table(schedule)
     t = np.interp(-wanted, -table, np.arange(1.0, len(table) + 1))
     t = t.astype(np.float32)
-    if (np.diff(t) >= 0).any():  # finer than float32 tells apart
+    if (np.diff(t) >= 0).any():  # finer than float32 resolves
         raise ValueError(f"{len(t)} steps are too many for this grid")
     return np.append(t, np.float32(0))

@@ -9,9 +9,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ddpm.diffusion.gaussian import lift
+from ddpm.diffusion.gaussian import expand_like
 from ddpm.diffusion.predictions import Denoiser, Prediction, from_x_0
-from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.schedules import NoiseSchedule, require_signal
+
+CLASSIFIER_SILENT = "where a classifier has nothing to say of x_0"
 
 LogProbability = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -25,7 +27,8 @@ def classifier_free(
     interval: tuple[float, float] | None = None,
     rescale: float = 0.0,
 ) -> Denoiser:
-    """eps = eps_u + w (eps_c - eps_u), w the scale (Ho & Salimans 2022, who call it 1 + w).
+    """Returns the denoiser with eps = eps_u + w (eps_c - eps_u), w the scale (Ho & Salimans 2022,
+    who call it 1 + w).
 
     Args:
       unconditional: what is led away from. A negative prompt is another conditional denoiser here.
@@ -47,7 +50,7 @@ def classifier_free(
 
     def guided(x_t: jax.Array, t: jax.Array, by: jax.Array, towards: Prediction) -> Prediction:
         away = unconditional(x_t, t)
-        w = lift(by, x_t)
+        w = expand_like(by, x_t)
         # So x_0 and eps are combined alike, and it is exact at w = 0 and 1; both stay those of
         # x_t, also where alpha_t = 0 and eps would not tell x_0.
         x_0, eps = (
@@ -57,7 +60,7 @@ def classifier_free(
         if rescale:
             factor = _std(towards.x_0) / jnp.maximum(_std(x_0), jnp.finfo(x_0.dtype).tiny)
             factor = jnp.where(_std(x_0) > 0, factor, 1.0)  # of one pixel, say
-            x_0 = lift(rescale * factor + (1 - rescale), x_t) * x_0
+            x_0 = expand_like(rescale * factor + (1 - rescale), x_t) * x_0
             found = from_x_0(schedule, x_t, t, x_0)
         return towards._replace(x_0=found.x_0, eps=found.eps)
 
@@ -79,26 +82,23 @@ def classifier_guided(
     log_probability: LogProbability,
     scale: jax.typing.ArrayLike,
 ) -> Denoiser:
-    """eps - w sigma_t grad log p(y | x_t) (Dhariwal & Nichol 2021, Algorithm 2), w the scale.
+    """Returns the denoiser with eps - w sigma_t grad log p(y | x_t), w the scale (Dhariwal & Nichol
+    2021, Algorithm 2).
 
     log_probability(x_t, t) -> [B], nats, each of its own sample alone: by a classifier of noisy
     data, or `of_x_0`. With the exact one and w = 1 it is the denoiser of the class (Bayes' rule).
     `scale` is a number, or [B]. Raises ValueError for a schedule without signal at t = T, where the
     gradient vanishes and its part in x_0 is 0/0.
     """
-    if schedule.ends_without_signal():
-        raise ValueError(
-            f"the schedule leaves no signal at t = T = {schedule.num_steps} (alpha_T = 0), where "
-            "a classifier has nothing to say of x_0"
-        )
+    require_signal(schedule, CLASSIFIER_SILENT)
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
         prediction = denoiser(x_t, t)
         gradient = jax.grad(lambda x: log_probability(x, t).sum())(x_t)
         level = schedule.at(t)
-        step = lift(jnp.asarray(scale), x_t) * lift(level.sigma, x_t) * gradient
+        step = expand_like(jnp.asarray(scale), x_t) * expand_like(level.sigma, x_t) * gradient
         return prediction._replace(
-            x_0=prediction.x_0 + lift(jnp.exp(-0.5 * level.high), x_t) * step,
+            x_0=prediction.x_0 + expand_like(jnp.exp(-0.5 * level.high), x_t) * step,
             eps=prediction.eps - step,
         )
 
@@ -108,7 +108,7 @@ def classifier_guided(
 def of_x_0(
     denoiser: Denoiser, log_probability_of_x_0: Callable[[jax.Array], jax.Array]
 ) -> LogProbability:
-    """log p(y | x_t) as a classifier of clean data, x_0 -> [B], judges the predicted x_0.
+    """Returns log p(y | x_t) as a classifier of clean data, x_0 -> [B], judges the predicted x_0.
 
     For `classifier_guided`, which differentiates through the denoiser: give it one that is not
     clipped, for a clipped pixel has no gradient. It is an approximation, of E[p(y | x_0) | x_t] by
@@ -118,5 +118,5 @@ def of_x_0(
 
 
 def _std(x: jax.Array) -> jax.Array:
-    """Of each sample, [B]."""
+    """Returns the standard deviation of each sample, [B]."""
     return x.reshape(x.shape[0], -1).std(axis=1)

@@ -1,7 +1,7 @@
 """Langevin dynamics: sampling by the score alone (Song & Ermon 2019), and as a corrector.
 
 x <- x + h score(x) + sqrt(2 h) z has p as its stationary distribution for small h, if score is
-grad log p. On N(0, v) it is N(0, v / (1 - h / (2 v))), which tells what a step of size h costs.
+grad log p. On N(0, v) it is N(0, v / (1 - h / (2 v))), which says what a step of size h costs.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,16 @@ import jax.numpy as jnp
 
 from ddpm.diffusion.gaussian import same_shape
 from ddpm.diffusion.predictions import Denoiser, to_score
+from ddpm.diffusion.process import Noise, StepInfo, StepResult, predict
 from ddpm.diffusion.schedules import NoiseSchedule
-from ddpm.sampling.samplers import Noise, Sampler, Stepped, Stride, ancestral, predict
+from ddpm.diffusion.streams import LANGEVIN
+from ddpm.sampling.samplers import Sampler, ancestral
 
 
 def langevin_step(
     score: jax.Array, x: jax.Array, step_size: jax.typing.ArrayLike, noise: jax.Array
 ) -> jax.Array:
-    """x + h score + sqrt(2 h) noise, the unadjusted Langevin algorithm."""
+    """Returns x + h score + sqrt(2 h) noise, the unadjusted Langevin algorithm."""
     same_shape(score=score, x=x, noise=noise)
     return x + step_size * score + jnp.sqrt(2 * step_size) * noise
 
@@ -27,7 +29,7 @@ def langevin_step(
 def annealed_langevin(
     steps_per_level: int = 5, *, step_size: float = 0.2, steps: int | None = None
 ) -> Sampler:
-    """Annealed Langevin dynamics (Song & Ermon 2019, Algorithm 1), one level of noise a step.
+    """Returns annealed Langevin dynamics (Song & Ermon 2019, Algorithm 1), one noise level a step.
 
     At each time the Langevin steps, of size h = step_size sigma_t^2; then x/alpha is carried to the
     next level; into t = 0 the predicted x_0 goes. Levels should be near: take `grids.log_snr`.
@@ -43,18 +45,19 @@ def annealed_langevin(
         schedule: NoiseSchedule,
         denoiser: Denoiser,
         x_t: jax.Array,
-        stride: Stride,
+        step_info: StepInfo,
         noise: Noise,
         memory: Any,
-    ) -> Stepped:
-        x_t = _corrected(schedule, denoiser, x_t, stride.t, noise, steps_per_level, step_size)
-        prediction = predict(denoiser, x_t, stride.t)
-        carried = x_t * (schedule.at(stride.s).alpha / schedule.at(stride.t).alpha)
-        x_s = jnp.where(stride.s == 0, prediction.x_0, carried)
+    ) -> StepResult:
+        x_t = _corrected(schedule, denoiser, x_t, step_info.t, noise, steps_per_level, step_size)
+        prediction = predict(denoiser, x_t, step_info.t)
+        carried = x_t * (schedule.at(step_info.s).alpha / schedule.at(step_info.t).alpha)
+        x_s = jnp.where(step_info.s == 0, prediction.x_0, carried)
         # The last prediction is asked for by t = 0 alone, and by whoever looks on.
-        return Stepped(x_s, prediction, memory, steps_per_level + 1)
+        return StepResult(x_s, prediction, memory, steps_per_level + 1)
 
-    return Sampler(step, steps)
+    label = f"{steps_per_level}x{step_size:g}"
+    return Sampler(step, steps, label=label, draws_noise=True, needs_signal=True)
 
 
 def predictor_corrector(
@@ -64,7 +67,8 @@ def predictor_corrector(
     snr: float = 0.16,
     steps: int | None = None,
 ) -> Sampler:
-    """Langevin steps at t, then a step of the predictor (Song et al. 2021, Algorithms 3 and 5).
+    """Returns a sampler of Langevin steps at t, then a step of the predictor (Song et al. 2021,
+    Algorithms 3 and 5).
 
     h = 2 (snr sigma_t)^2. The authors have |z| / |score| in the place of sigma_t, norms over the
     batch: the same where the predicted eps is of norm |z|, but a sample would depend on its batch.
@@ -86,18 +90,16 @@ def predictor_corrector(
         schedule: NoiseSchedule,
         denoiser: Denoiser,
         x_t: jax.Array,
-        stride: Stride,
+        step_info: StepInfo,
         noise: Noise,
         memory: Any,
-    ) -> Stepped:
-        x_t = _corrected(schedule, denoiser, x_t, stride.t, noise, corrector_steps, 2 * snr**2)
-        found = predictor.step(schedule, denoiser, x_t, stride, noise, memory)
+    ) -> StepResult:
+        x_t = _corrected(schedule, denoiser, x_t, step_info.t, noise, corrector_steps, 2 * snr**2)
+        found = predictor.step(schedule, denoiser, x_t, step_info, noise, memory)
         return found._replace(evaluations=found.evaluations + corrector_steps)
 
-    return predictor._replace(step=step, steps=predictor.steps if steps is None else steps)
-
-
-_FIRST = 1000  # of a step's draws of noise: the predictor has those before
+    steps = predictor.steps if steps is None else steps
+    return predictor._replace(step=step, steps=steps, draws_noise=True)
 
 
 def _corrected(
@@ -109,12 +111,12 @@ def _corrected(
     steps: int,
     relative: float,
 ) -> jax.Array:
-    """x_t after so many Langevin steps of size relative * sigma_t^2, all at t."""
+    """Returns x_t after `steps` Langevin steps of size relative * sigma_t^2, all at t."""
     step_size = relative * schedule.at(t).sigma_squared
     times = jnp.broadcast_to(t, x_t.shape[:1])
 
     def move(k: jax.Array, x: jax.Array) -> jax.Array:
         score = to_score(schedule, times, denoiser(x, times))
-        return langevin_step(score, x, step_size, noise(_FIRST + k))
+        return langevin_step(score, x, step_size, noise(LANGEVIN + k))
 
     return jax.lax.fori_loop(0, steps, move, x_t)

@@ -5,17 +5,19 @@ s), so a sample is the same in whatever batch, and on however many devices, it i
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm.diffusion.keys import normal, one_each
+from ddpm.diffusion.flow import NO_END
 from ddpm.diffusion.predictions import Denoiser
-from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.process import GaussianDiffusion, Process, StepInfo
+from ddpm.diffusion.schedules import NoiseSchedule, require_signal
+from ddpm.diffusion.streams import keys_per_example, noise_streams
 from ddpm.sampling import samplers
-from ddpm.sampling.samplers import Sampler, Stride, ancestral
+from ddpm.sampling.samplers import Sampler, ancestral
 
 
 class Chain(NamedTuple):
@@ -66,22 +68,43 @@ def sample_chain(
     x_t: jax.Array | None = None,
     snapshots: int = 10,
 ) -> Chain:
-    """As `sample`, keeping `snapshots` evenly spread moments of the chain, the start first."""
+    """Draws as `sample` does, keeping `snapshots` evenly spread moments of the chain, the start
+    first."""
     sampler = sampler or ancestral()
-    shape = tuple(shape)
-    keys = one_each(key, shape[0])
     if times is None:
         times = samplers.times(schedule.num_steps, sampler.steps)
-    t = check_times(times, schedule.num_steps, turns=sampler.turns)
+    times = check_chain(schedule, sampler, times)
+    process = GaussianDiffusion(schedule, step=sampler.step, make_memory=sampler.memory)
+    start = None if x_t is None else jnp.asarray(x_t, float)
+    return run_chain(key, process, denoiser, shape, times, x_t=start, snapshots=snapshots)
+
+
+def run_chain(
+    key: jax.Array,
+    process: Process,
+    denoiser: Any,
+    shape: Sequence[int],
+    times: np.ndarray,
+    *,
+    x_t: jax.Array | None = None,
+    snapshots: int = 0,
+) -> Chain:
+    """Runs the reverse steps of any process over `times` [N + 1], as one scan.
+
+    The driver of `sample_chain`, which says what the arguments are. Raises ValueError for an x_t
+    that is not of `shape`.
+    """
+    shape, t = tuple(shape), times
+    keys = keys_per_example(key, shape[0])
     if x_t is not None and x_t.shape != shape:
         raise ValueError(f"x_t is of shape {x_t.shape}, the samples of {shape}")
     steps = len(t) - 1
     snapshots = min(snapshots, steps)
     moments = np.round(np.linspace(0, steps - 1, snapshots)).astype(int)
-    # Where step i's snapshot goes; one row too many takes those of no interest.
+    # Where step i's snapshot goes; the extra row absorbs the steps that are not kept.
     slots = np.full(steps, snapshots)
     slots[moments] = np.arange(snapshots)
-    streams = noise_streams(t, schedule.num_steps)
+    streams = noise_streams(t, process.num_steps)
 
     def step(carry, inputs):
         x_t, memory, evaluations, kept = carry
@@ -89,38 +112,55 @@ def sample_chain(
 
         def noise(k: jax.typing.ArrayLike = 0) -> jax.Array:
             if isinstance(k, int) and k == 0:
-                return normal(keys, stream, shape[1:])
-            return normal(jax.vmap(jax.random.fold_in, (0, None))(keys, stream), k, shape[1:])
+                return process.noise(keys, stream, shape[1:])
+            folded = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
+            return process.noise(folded, k, shape[1:])
 
-        stride = Stride(t_now, s, number, jnp.asarray(t))
-        found = sampler.step(schedule, denoiser, x_t, stride, noise, memory)
+        step_info = StepInfo(t_now, s, number, jnp.asarray(t))
+        found = process.reverse(denoiser, x_t, step_info, noise, memory)
         if snapshots:
             now = x_t, found.prediction.x_0
             kept = jax.tree.map(lambda k, x: k.at[slot].set(x), kept, now)
         return (found.x, found.memory, evaluations + found.evaluations, kept), None
 
-    start = normal(keys, streams[0], shape[1:]) if x_t is None else jnp.asarray(x_t, float)
-    empty = jnp.zeros((snapshots + 1 if snapshots else 0, *shape), jnp.float32)
-    carry = start, sampler.memory(start), jnp.zeros((), jnp.int32), (empty, empty)
+    if x_t is None:
+        x_t = process.prior(process.noise(keys, streams[0], shape[1:]))
+    rows = snapshots + 1 if snapshots else 0
+    empty = (jnp.zeros((rows, *shape), x_t.dtype), jnp.zeros((rows, *shape), jnp.float32))
+    carry = x_t, process.memory(x_t), jnp.zeros((), jnp.int32), empty
     inputs = [jnp.asarray(x) for x in (t[:-1], t[1:], np.arange(steps), streams[1:], slots)]
     (x_0, _, evaluations, kept), _ = jax.lax.scan(step, carry, inputs)
     x_kept, predicted = (k[:snapshots] for k in kept)
     return Chain(x_0, t[:-1][moments], x_kept, predicted, evaluations)
 
 
-def check_times(
-    times: Sequence[float] | np.ndarray, num_steps: int, *, turns: bool = False
+def check_chain(
+    schedule: NoiseSchedule, sampler: Sampler, times: Sequence[float] | np.ndarray
 ) -> np.ndarray:
-    """The times of a chain, int32 where all are whole, else float32.
+    """Returns the times of a chain as `check_times` does.
 
-    Raises ValueError unless they fall (with `turns`: move) within T..0, at least two, with none
-    between 0, the data, and 1, the first noise level.
+    Raises ValueError for times that it refuses, or where the sampler needs a signal and begins
+    without.
+    """
+    checked = check_times(times, schedule.num_steps, may_increase_t=sampler.may_increase_t)
+    if sampler.needs_signal and (sampler.adaptive or checked[0] == schedule.num_steps):
+        require_signal(schedule, NO_END if sampler.adaptive else samplers.INFINITE_SIGMA)
+    return checked
+
+
+def check_times(
+    times: Sequence[float] | np.ndarray, num_steps: int, *, may_increase_t: bool = False
+) -> np.ndarray:
+    """Returns the times of a chain, int32 where all are whole, else float32.
+
+    Raises ValueError unless they fall (with `may_increase_t`: move) within T..0, at least two, with
+    none between 0, the data, and 1, the first noise level.
     """
     t = np.asarray(times, np.float64)
     shown = t.tolist() if t.size <= 12 else f"of {t.size} entries"
     if t.ndim != 1 or len(t) < 2:
         raise ValueError(f"times {shown}: must be a list of at least two")
-    moves = np.diff(t) != 0 if turns else np.diff(t) < 0
+    moves = np.diff(t) != 0 if may_increase_t else np.diff(t) < 0
     within = (t <= num_steps) & ((t >= 1) | (t == 0))
     for i in np.flatnonzero(~within):
         raise ValueError(f"times {shown}: t = {t[i]:g} is not within T = {num_steps}..1, nor 0")
@@ -129,11 +169,3 @@ def check_times(
     if (t[:-1] == 0).any():
         raise ValueError(f"times {shown}: must end at 0, the data, not pass it")
     return t.astype(np.int32 if (t == np.rint(t)).all() else np.float32)
-
-
-def noise_streams(t: np.ndarray, num_steps: int) -> np.ndarray:
-    """For each time the number of its noise's stream: t itself, and another at each new visit."""
-    visits = np.array([(t[:i] == t[i]).sum() for i in range(len(t))])
-    if np.issubdtype(t.dtype, np.integer):
-        return (t + (num_steps + 1) * visits).astype(np.int32)
-    return (t.view(np.int32) + visits).astype(np.int32)  # of a float its bits: larger than any T

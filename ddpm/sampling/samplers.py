@@ -6,97 +6,89 @@ with fixed-small variance. Solvers of higher order are in `solvers`, Langevin dy
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ddpm.diffusion.gaussian import fixed_large
-from ddpm.diffusion.predictions import Denoiser, Prediction, to_posterior_mean
+from ddpm.diffusion.predictions import Denoiser, Prediction
+from ddpm.diffusion.process import (
+    Noise,
+    Step,
+    StepInfo,
+    StepResult,
+    ancestral_draw,
+    no_memory,
+    predict,
+)
 from ddpm.diffusion.schedules import NoiseSchedule
-from ddpm.diffusion.variances import ReverseVariance, reverse_log_variance
+from ddpm.diffusion.variances import ReverseVariance
 
-
-class Stride(NamedTuple):
-    """The way from t to s, scalars: step `number` (0, 1, ..) of a chain over `times`, [N + 1]."""
-
-    t: jax.Array
-    s: jax.Array
-    number: jax.Array
-    times: jax.Array
-
-
-class Stepped(NamedTuple):
-    """x_s, what was predicted on the way, what the next step is to know, the denoiser's calls."""
-
-    x: jax.Array
-    prediction: Prediction
-    memory: Any = ()
-    evaluations: jax.typing.ArrayLike = 1
-
-
-class Noise(Protocol):
-    """Standard normal in the shape of x_t, another one for each k (k may be traced)."""
-
-    def __call__(self, k: jax.typing.ArrayLike = 0) -> jax.Array: ...
-
-
-Step = Callable[[NoiseSchedule, Denoiser, jax.Array, Stride, Noise, Any], Stepped]
-
-
-def nothing(x: jax.Array) -> tuple[()]:
-    """The memory of a sampler without one."""
-    del x
-    return ()
+INFINITE_SIGMA = (
+    "where sigma/alpha, by which this sampler goes, is infinite: begin below T, with the grid "
+    "'log_snr', or take dpm_solver"
+)
 
 
 class Sampler(NamedTuple):
-    """How a reverse process goes from one time to the next.
+    """A reverse process, step by step, and what it needs.
 
-    step(schedule, denoiser, x_t, stride, noise, memory) -> Stepped, a pure function.
+    step(schedule, denoiser, x_t, step_info, noise, memory) -> StepResult, a pure function.
     steps: how many, evenly spread, where `sample` is not given times; None: T.
-    memory: what the first step is given, made of x_T.
-    turns: whether it can go up in time too.
+    memory: makes what the first step is given, of x_T.
+    label: its settings, for the names of files.
+    draws_noise: its steps do; else a sample is a function of its x_T.
+    needs_signal: it cannot begin where the schedule leaves no signal.
+    whole_times: of whole times it calls the denoiser at whole times only.
+    uses_variance: its steps have the reverse variance, fixed or learned.
+    adaptive: it finds its own steps between the times, and is one step for the whole chain.
+    may_increase_t: it can go up in time too.
     """
 
     step: Step
     steps: int | None = None
-    memory: Callable[[jax.Array], Any] = nothing
-    turns: bool = False
-
-
-def predict(denoiser: Denoiser, x_t: jax.Array, t: jax.Array) -> Prediction:
-    """At one time for the whole batch."""
-    return denoiser(x_t, jnp.broadcast_to(t, x_t.shape[:1]))
+    memory: Callable[[jax.Array], Any] = no_memory
+    label: str = ""
+    draws_noise: bool = False
+    needs_signal: bool = False
+    whole_times: bool = True
+    uses_variance: bool = False
+    adaptive: bool = False
+    may_increase_t: bool = False
 
 
 Move = Callable[[NoiseSchedule, Prediction, jax.Array, jax.Array, jax.Array, Noise], jax.Array]
 
 
-def single_step(move: Move, steps: int | None) -> Sampler:
-    """The sampler of move(schedule, prediction, x_t, t, s, noise) -> x_s."""
+def single_step(move: Move, steps: int | None, **about: Any) -> Sampler:
+    """Returns the sampler of move(schedule, prediction, x_t, t, s, noise) -> x_s.
+
+    `about` are other fields of `Sampler`.
+    """
 
     def step(
         schedule: NoiseSchedule,
         denoiser: Denoiser,
         x_t: jax.Array,
-        stride: Stride,
+        step_info: StepInfo,
         noise: Noise,
         memory: Any,
-    ) -> Stepped:
-        prediction = predict(denoiser, x_t, stride.t)
-        x_s = move(schedule, prediction, x_t, stride.t, stride.s, noise)
-        return Stepped(x_s, prediction, memory)
+    ) -> StepResult:
+        prediction = predict(denoiser, x_t, step_info.t)
+        x_s = move(schedule, prediction, x_t, step_info.t, step_info.s, noise)
+        return StepResult(x_s, prediction, memory)
 
-    return Sampler(step, steps)
+    return Sampler(step, steps, **about)
 
 
 def ancestral(variance: ReverseVariance = fixed_large, *, steps: int | None = None) -> Sampler:
-    """Algorithm 2: x_s ~ N(posterior mean at the predicted x_0, variance); no noise into x_0.
+    """Returns Algorithm 2: x_s ~ N(posterior mean at the predicted x_0, variance); no noise into
+    x_0.
 
     `fixed_large` needs (nearly) all T steps; with few, take `fixed_small`, `analytic` or `ddim`.
-    A denoiser that learns its variance has the say over `variance`.
+    Where the denoiser learns its variance, that is taken in the place of `variance`.
     """
 
     def move(
@@ -107,15 +99,14 @@ def ancestral(variance: ReverseVariance = fixed_large, *, steps: int | None = No
         s: jax.Array,
         noise: Noise,
     ) -> jax.Array:
-        log_variance = reverse_log_variance(schedule, prediction, t, s, variance)
-        std = jnp.where(s > 0, jnp.exp(0.5 * log_variance), 0.0)
-        return to_posterior_mean(schedule, x_t, t, prediction, s=s) + std * noise()
+        return ancestral_draw(schedule, prediction, x_t, t, s, noise(), variance)
 
-    return single_step(move, steps)
+    label = getattr(variance, "__name__", "")
+    return single_step(move, steps, label=label, draws_noise=True, uses_variance=True)
 
 
 def ddim(eta: float = 0.0, *, steps: int | None = None) -> Sampler:
-    """DDIM (Song et al. 2021, Eq. 12), deterministic at eta = 0.
+    """Returns DDIM (Song et al. 2021, Eq. 12), deterministic at eta = 0.
 
     x_s = alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps + std z, std^2 = eta^2 beta-tilde.
     Raises ValueError unless 0 <= eta <= 1.
@@ -140,11 +131,12 @@ def ddim(eta: float = 0.0, *, steps: int | None = None) -> Sampler:
         mean = level.alpha * prediction.x_0 + level.sigma * kept * prediction.eps
         return mean + eta * jnp.sqrt(transition.posterior_variance) * noise()
 
-    return single_step(move, steps)
+    return single_step(move, steps, label=f"eta{eta:g}", draws_noise=eta > 0)
 
 
 def times(num_steps: int, steps: int | None = None) -> np.ndarray:
-    """The times of a chain of `steps` steps from T to 0, evenly spread: int[steps + 1], falling.
+    """Returns the times of a chain of `steps` steps from T to 0, evenly spread: int[steps + 1],
+    falling.
 
     Raises ValueError unless 1 <= steps <= T.
     """

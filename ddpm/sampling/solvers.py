@@ -4,7 +4,7 @@ Over lambda = log(alpha / sigma), half the log-SNR, the flow is linear but for x
 
     x_s = sigma_s/sigma_t x_t + alpha_s int_0^1 h e^{-h (1 - r)} x_0(r) dr,
 
-with h = lambda_s - lambda_t and r from 0 at t to 1 at s. A solver is a guess of x_0 along the way:
+with h = lambda_s - lambda_t and r from 0 at t to 1 at s. A solver approximates x_0 along the way:
 constant (DDIM), or a polynomial through what was predicted before (DPM-Solver++, UniPC). Heun's
 method, as Karras et al. use it, takes the slope in sigma/alpha at both ends. For s = 0 all give x_0
 as predicted last.
@@ -18,15 +18,16 @@ import jax
 import jax.numpy as jnp
 
 from ddpm.diffusion.predictions import Denoiser
+from ddpm.diffusion.process import Noise, StepInfo, StepResult, predict
 from ddpm.diffusion.schedules import LogSNR, NoiseSchedule
-from ddpm.sampling.samplers import Noise, Sampler, Stepped, Stride, predict
+from ddpm.sampling.samplers import Sampler
 
 _HIGHEST = 3
 _LONG = 30.0  # in lambda: as good as infinite
 
 
 def dpm_solver(order: int = 2, *, stochastic: bool = False, steps: int | None = None) -> Sampler:
-    """DPM-Solver++ (Lu et al. 2022), multistep: of order 1, DDIM(0), 2 (2M) or 3 (3M).
+    """Returns DPM-Solver++ (Lu et al. 2022), multistep: of order 1, DDIM(0), 2 (2M) or 3 (3M).
 
     The first steps, and the last ones before t = 0, are of lower order. Order 3 integrates the
     parabola through three predictions, as the order needs; the authors' and `diffusers`' 3M takes
@@ -44,19 +45,26 @@ def dpm_solver(order: int = 2, *, stochastic: bool = False, steps: int | None = 
         schedule: NoiseSchedule,
         denoiser: Denoiser,
         x_t: jax.Array,
-        stride: Stride,
+        step_info: StepInfo,
         noise: Noise,
         memory: tuple[jax.Array, ...],
-    ) -> Stepped:
-        prediction = predict(denoiser, x_t, stride.t)
+    ) -> StepResult:
+        prediction = predict(denoiser, x_t, step_info.t)
         predicted = (prediction.x_0, *memory)
-        x_s = _integrate(schedule, x_t, stride, predicted, stochastic=stochastic)
+        x_s = _integrate(schedule, x_t, step_info, predicted, stochastic=stochastic)
         if stochastic:
-            step = schedule.between(stride.s, stride.t)
+            step = schedule.between(step_info.s, step_info.t)
             x_s += jnp.sqrt(step.posterior_variance) * noise()
-        return Stepped(x_s, prediction, predicted[: order - 1])
+        return StepResult(x_s, prediction, predicted[: order - 1])
 
-    return Sampler(step, steps, lambda x: (jnp.zeros_like(x),) * (order - 1))
+    label = f"order{order}" + ("_stochastic" if stochastic else "")
+    return Sampler(
+        step,
+        steps,
+        lambda x: (jnp.zeros_like(x),) * (order - 1),
+        label=label,
+        draws_noise=stochastic,
+    )
 
 
 class _UniPC(NamedTuple):
@@ -67,7 +75,8 @@ class _UniPC(NamedTuple):
 
 
 def unipc(order: int = 2, *, steps: int | None = None) -> Sampler:
-    """UniPC (Zhao et al. 2023) of order 1, 2 or 3, predicting x_0, with B(h) = e^h - 1 ('bh2').
+    """Returns UniPC (Zhao et al. 2023) of order 1, 2 or 3, predicting x_0, with B(h) = e^h - 1
+    ('bh2').
 
     Each x_t is corrected by what is predicted there, which raises the order by one at no further
     call. Lower orders first and last, as in `dpm_solver`. Raises ValueError for another order.
@@ -78,45 +87,48 @@ def unipc(order: int = 2, *, steps: int | None = None) -> Sampler:
         schedule: NoiseSchedule,
         denoiser: Denoiser,
         x_t: jax.Array,
-        stride: Stride,
+        step_info: StepInfo,
         noise: Noise,
         memory: _UniPC,
-    ) -> Stepped:
+    ) -> StepResult:
         del noise
-        prediction = predict(denoiser, x_t, stride.t)
-        before = stride.number - 1
+        prediction = predict(denoiser, x_t, step_info.t)
+        before = step_info.number - 1
 
         def correct() -> jax.Array:
-            last = Stride(stride.times[before], stride.t, before, stride.times)
+            last = StepInfo(step_info.times[before], step_info.t, before, step_info.times)
             return _integrate(schedule, memory.x, last, memory.predicted, at_s=prediction.x_0)
 
         x = jax.lax.cond(before < 0, lambda: x_t, correct)
         predicted = (prediction.x_0, *memory.predicted)[:order]
-        x_s = _integrate(schedule, x, stride, predicted)
-        return Stepped(x_s, prediction, _UniPC(x, predicted))
+        x_s = _integrate(schedule, x, step_info, predicted)
+        return StepResult(x_s, prediction, _UniPC(x, predicted))
 
-    return Sampler(step, steps, lambda x: _UniPC(x, (jnp.zeros_like(x),) * order))
+    def memory(x: jax.Array) -> _UniPC:
+        return _UniPC(x, (jnp.zeros_like(x),) * order)
+
+    return Sampler(step, steps, memory, label=f"order{order}")
 
 
 def _integrate(
     schedule: NoiseSchedule,
     x_t: jax.Array,
-    stride: Stride,
+    step_info: StepInfo,
     predicted: Sequence[jax.Array],
     *,
     at_s: jax.Array | None = None,
     stochastic: bool = False,
 ) -> jax.Array:
-    """x_s (its mean, of the SDE) by the polynomial through x_0 as predicted at t, at the times
-    before it, and at s where that is known."""
-    between = schedule.between(stride.s, stride.t)
-    # Of the SDE all is as of the flow with twice the h.
+    """Returns x_s (its mean, for the SDE) by the polynomial through x_0 as predicted at t, at the
+    times before it, and at s where that is known."""
+    between = schedule.between(step_info.s, step_info.t)
+    # The SDE uses the ODE's formula with step 2h.
     h = between.log_snr_drop * (1.0 if stochastic else 0.5)
     kept = between.s.sigma / between.t.sigma * (jnp.exp(-h / 2) if stochastic else 1.0)
 
     def earlier(back: int) -> jax.Array:
-        """How far before t the prediction of so many steps ago was made, in units of h."""
-        then = schedule.at(stride.times[jnp.maximum(stride.number - back, 0)])
+        """Returns how far before t the prediction `back` steps ago was made, in units of h."""
+        then = schedule.at(step_info.times[jnp.maximum(step_info.number - back, 0)])
         far = (then.high - between.t.high) + (then.low - between.t.low)
         return jnp.maximum(far / 2, -_LONG) / (h / 2 if stochastic else h)
 
@@ -130,17 +142,18 @@ def _integrate(
             x_0 = x_0 + weight * (other - predicted[0])
         return x_0
 
-    steps, most = len(stride.times) - 1, len(predicted)
+    steps, most = len(step_info.times) - 1, len(predicted)
     # As many predictions as there are; and fewer at the end, where x_0 itself is due.
-    left = jnp.where(stride.times[-1] == 0, steps - stride.number, most)
-    order = jnp.minimum(jnp.minimum(stride.number + 1, left), most)
+    left = jnp.where(step_info.times[-1] == 0, steps - step_info.number, most)
+    order = jnp.minimum(jnp.minimum(step_info.number + 1, left), most)
     ways = [lambda n=n: of_order(n) for n in range(1, most + 1)]
     x_0 = jax.lax.switch(order - 1, ways)
     return kept * x_t - between.s.alpha * jnp.expm1(-h) * x_0
 
 
 def _weights(h: jax.Array, places: list[jax.Array]) -> list[jax.Array]:
-    """w of x_0(r_i) - x_0(0), the sum of which on x_0(0) has the mean of x_0(r) over the step.
+    """Returns weights w of x_0(r_i) - x_0(0), whose sum plus x_0(0) is the mean of x_0(r) over the
+    step.
 
     Exactly so for polynomials of degree n = len(places); for n = 1 with 1/2 in the place of the
     moment, as all implementations have it.
@@ -156,7 +169,7 @@ def _weights(h: jax.Array, places: list[jax.Array]) -> list[jax.Array]:
 
 
 def _moment(k: int, h: jax.Array) -> jax.Array:
-    """int_0^1 h e^{-h (1 - r)} r^k dr / (1 - e^{-h})."""
+    """Returns int_0^1 h e^{-h (1 - r)} r^k dr / (1 - e^{-h})."""
     # By parts, M_k = 1 - k/h M_{k-1}; for small h, where that cancels, by its series.
     small = jnp.minimum(h, 1.0)
     series = sum(
@@ -176,7 +189,8 @@ def _check_order(order: int) -> None:
 
 
 def euler(*, steps: int | None = None) -> Sampler:
-    """Euler's method in y = x/alpha over sigma/alpha, where the flow is dy/d(sigma/alpha) = eps.
+    """Returns Euler's method in y = x/alpha over sigma/alpha, where the flow is dy/d(sigma/alpha) =
+    eps.
 
     It is DDIM(0).
     """
@@ -185,17 +199,17 @@ def euler(*, steps: int | None = None) -> Sampler:
         schedule: NoiseSchedule,
         denoiser: Denoiser,
         x_t: jax.Array,
-        stride: Stride,
+        step_info: StepInfo,
         noise: Noise,
         memory: Any,
-    ) -> Stepped:
+    ) -> StepResult:
         del noise
-        prediction = predict(denoiser, x_t, stride.t)
-        now, then = schedule.at(stride.t), schedule.at(stride.s)
+        prediction = predict(denoiser, x_t, step_info.t)
+        now, then = schedule.at(step_info.t), schedule.at(step_info.s)
         y = x_t / now.alpha + (_sigma(then) - _sigma(now)) * prediction.eps
-        return Stepped(then.alpha * y, prediction, memory)
+        return StepResult(then.alpha * y, prediction, memory)
 
-    return Sampler(step, steps)
+    return Sampler(step, steps, needs_signal=True)
 
 
 def heun(
@@ -205,7 +219,7 @@ def heun(
     churn_noise: float = 1.0,
     steps: int | None = None,
 ) -> Sampler:
-    """Heun's method in x/alpha over sigma/alpha (Karras et al. 2022, Algorithms 1 and 2).
+    """Returns Heun's method in x/alpha over sigma/alpha (Karras et al. 2022, Algorithms 1 and 2).
 
     Of second order, at two calls a step, and one for the last: 2N - 1. Their times are
     `grids.karras`.
@@ -224,14 +238,14 @@ def heun(
         schedule: NoiseSchedule,
         denoiser: Denoiser,
         x_t: jax.Array,
-        stride: Stride,
+        step_info: StepInfo,
         noise: Noise,
         memory: Any,
-    ) -> Stepped:
-        t = stride.t
+    ) -> StepResult:
+        t = step_info.t
         if churn:
             most = _sigma(schedule.at(jnp.asarray(schedule.num_steps)))
-            sigma, n = _sigma(schedule.at(t)), len(stride.times) - 1
+            sigma, n = _sigma(schedule.at(t)), len(step_info.times) - 1
             within = (sigma >= churn_range[0]) & (sigma <= churn_range[1])
             raised = sigma * (1 + jnp.where(within, min(churn / n, math.sqrt(2) - 1), 0.0))
             raised = jnp.clip(raised, sigma, most)
@@ -239,25 +253,36 @@ def heun(
             y = x_t / schedule.at(t).alpha + added * churn_noise * noise()
             t = jnp.where(added > 0, schedule.time_of(-2 * jnp.log(raised)), 1.0 * t)
             x_t = schedule.at(t).alpha * y
-        now, then = schedule.at(t), schedule.at(stride.s)
+        now, then = schedule.at(t), schedule.at(step_info.s)
         first = predict(denoiser, x_t, t)
         x_s = then.alpha * first.x_0 + then.sigma * first.eps
 
         def corrected() -> jax.Array:
-            second = predict(denoiser, x_s, stride.s)
+            second = predict(denoiser, x_s, step_info.s)
             # y_s = y_t + (sigma_s - sigma_t) (eps + eps') / 2, with x_0 in the place of y_t -
             # sigma_t eps, whose digits are lost where sigma/alpha is large.
             change = (second.eps - first.eps) / 2
             x_0 = first.x_0 - _sigma(now) * change
             return then.alpha * x_0 + then.sigma * (first.eps + change)
 
-        last = stride.s == 0
+        last = step_info.s == 0
         x_s = jax.lax.cond(last, lambda: x_s, corrected)
-        return Stepped(x_s, first, memory, jnp.where(last, 1, 2))
+        return StepResult(x_s, first, memory, jnp.where(last, 1, 2))
 
-    return Sampler(step, steps)
+    label = ""
+    if churn:
+        ends = () if churn_range == (0.0, math.inf) else churn_range
+        label = "_".join([f"churn{churn:g}", f"noise{churn_noise:g}", *(f"{x:g}" for x in ends)])
+    return Sampler(
+        step,
+        steps,
+        label=label,
+        draws_noise=churn > 0,
+        needs_signal=True,
+        whole_times=not churn,
+    )
 
 
 def _sigma(level: LogSNR) -> jax.Array:
-    """sigma / alpha, the noise level of Karras et al."""
+    """Returns sigma / alpha, the noise level of Karras et al."""
     return jnp.exp(-0.5 * level.high)

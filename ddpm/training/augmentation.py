@@ -1,4 +1,4 @@
-"""Augmentation that the network is told of, so that it does not leak into samples.
+"""Augmentation that the network is conditioned on, so that it does not leak into samples.
 
 Karras et al. (2022), Appendix F.2, after Karras et al. (2020): each geometric change is made with a
 small probability, and its parameters are features of the network; with features of zero, none,
@@ -17,7 +17,7 @@ SHIFT = 1 / 8  # of the image's side
 
 
 def augment(key: jax.Array, x_0: jax.Array, probability: float) -> tuple[jax.Array, jax.Array]:
-    """x_0 [B, H, W, C] warped, and the features [B, NUM_FEATURES] of `draw` that tell how.
+    """Returns x_0 [B, H, W, C] warped, and the features [B, NUM_FEATURES] of `draw` that say how.
 
     The six changes are made in the order of `draw`.
     """
@@ -26,7 +26,7 @@ def augment(key: jax.Array, x_0: jax.Array, probability: float) -> tuple[jax.Arr
 
 
 def draw(key: jax.Array, n: int, probability: float) -> jax.Array:
-    """float32[n, NUM_FEATURES], zeros for what is not changed.
+    """Draws features float32[n, NUM_FEATURES], zeros for what is not changed.
 
     As in the authors' code: x-flip by a coin, whatever the probability above 0; by the probability,
     y-flip if a coin says so, scale, rotation, anisotropic scale, along x or, by a coin, in any
@@ -54,7 +54,7 @@ def draw(key: jax.Array, n: int, probability: float) -> jax.Array:
 
 
 def matrices(features: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """[n, 2, 3]: where a pixel of the result, (y, x) from the image's middle, comes from.
+    """Returns [n, 2, 3]: where a pixel of the result, (y, x) from the image's middle, comes from.
 
     The changes are made one after the other; so the way back undoes the last one first.
     """
@@ -84,7 +84,8 @@ def matrices(features: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 def warp(x: jax.Array, matrices: jax.Array) -> jax.Array:
-    """[B, H, W, C] bilinearly at [B, 2, 3] of (y, x) from the middle, mirrored at the borders."""
+    """Warps [B, H, W, C] bilinearly at [B, 2, 3] of (y, x) from the middle, mirrored at the
+    borders."""
     height, width = x.shape[1:3]
     middle = jnp.array([(height - 1) / 2, (width - 1) / 2])
     grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1)

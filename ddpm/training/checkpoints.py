@@ -26,7 +26,8 @@ _IF_ANY = ("loss_history", "other_ema_params")
 
 
 def items_of(state: TrainState) -> dict[str, Any]:
-    """The arrays of a checkpoint by name; those that not all states have where there are any."""
+    """Returns the arrays of a checkpoint by name; those that not all states have where there are
+    any."""
     more = (name for name in _IF_ANY if jax.tree.leaves(getattr(state, name)))
     return {name: getattr(state, name) for name in (*_ARRAYS, *more)}
 
@@ -55,7 +56,7 @@ class Checkpoints:
         self._read_only = read_only
 
     def save(self, state: TrainState, about: dict[str, Any]) -> None:
-        """Starts writing; training goes on. An error of the last write is raised here.
+        """Starts writing, while training continues. An error of the last write is raised here.
 
         `about` is what the checkpoint's meta says besides: the config, the images' shape.
         """
@@ -70,15 +71,15 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The newest step written or being written."""
+        """Returns the newest step written or being written."""
         return self._manager.latest_step()
 
     def wait(self) -> None:
-        """Until everything is on disk."""
+        """Waits until everything is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends the threads."""
+        """Ends the threads, after what is being written."""
         self._manager.close()
 
     def restore(
@@ -86,7 +87,7 @@ class Checkpoints:
         abstract: dict[str, Any],
         say: Callable[[str], None],
     ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The newest good checkpoint, the items asked for and its meta; None without any.
+        """Returns the newest good checkpoint, the items asked for and its meta; None without any.
 
         Args:
           abstract: some of `items_of` a state, as trees of ShapeDtypeStruct with sharding.
@@ -168,7 +169,8 @@ class Checkpoints:
                     )
 
     def _move_aside(self, steps: list[int]) -> Path:
-        """To damaged_checkpoints/; of several processes the first does it, when all have read."""
+        """Moves a checkpoint to damaged_checkpoints/; of several processes the first does it, when
+        all have read."""
         aside = self.folder.parent / "damaged_checkpoints"
         _meet("before moving damaged checkpoints")
         if jax.process_index() == 0:
@@ -184,7 +186,7 @@ class Checkpoints:
 
 
 def _raise_damaged(text: str, error: Exception) -> NoReturn:
-    """For an error of the layers below: Damaged, if the files are to blame."""
+    """Raises Damaged for an error of the layers below, if the files are to blame."""
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, MemoryError) or "RESOURCE_EXHAUSTED" in str(chain):
@@ -214,7 +216,8 @@ def _meet(where: str) -> None:
 
 
 def saved_meta(folder: Path) -> dict[str, Any] | None:
-    """The meta of the newest checkpoint in `folder` that has a readable one, without opening it."""
+    """Returns the meta of the newest checkpoint in `folder` that has a readable one, without
+    opening it."""
     steps = sorted((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), reverse=True)
     for step in steps:
         try:
@@ -227,7 +230,8 @@ def saved_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def digest(tree: Any) -> list[int]:
-    """One 32-bit number per array, in the tree's order, that changes with any bit of the array.
+    """Returns one 32-bit number per array, in the tree's order, that changes with any bit of the
+    array.
 
     Computed where the arrays are, as integer sums: no copy to the host, any sharding alike.
     """
@@ -248,7 +252,7 @@ def _digest(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the arrays in a tree, by names that any container gives."""
+    """Returns {path: shape} of the arrays in a tree, by names that any container gives."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     flat = {}
     for path, leaf in leaves:
@@ -259,5 +263,5 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def parameter_count(params: Any) -> int:
-    """How many numbers a tree holds."""
+    """Returns how many numbers a tree holds."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))

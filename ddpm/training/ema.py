@@ -19,7 +19,7 @@ Rate = Callable[[jax.Array], jax.typing.ArrayLike]
 
 
 def update(average: Any, params: Any, rate: jax.typing.ArrayLike) -> Any:
-    """The average, a tree as the params, after one more step; see the module.
+    """Returns the average, a tree as the params, after one more step; see the module.
 
     By the difference: in rate params + (1 - rate) ema, as optax.incremental_update has it, 1 - rate
     is rounded, and the average shrinks (by 2e-4 in 20,000 steps at a decay of 0.99999).
@@ -28,19 +28,21 @@ def update(average: Any, params: Any, rate: jax.typing.ArrayLike) -> Any:
 
 
 def constant(decay: float) -> Rate:
-    """1 - decay at every step. Raises ValueError unless 0 <= decay < 1."""
+    """Returns the rate 1 - decay at every step. Raises ValueError unless 0 <= decay < 1."""
     _check_decay(decay)
     return lambda step: 1 - decay
 
 
 def warm_up(decay: float) -> Rate:
-    """Decay min(decay, (1 + step)/(10 + step)): short at first, to forget the first weights."""
+    """Returns the rate of decay min(decay, (1 + step)/(10 + step)): short at first, to forget the
+    first weights."""
     _check_decay(decay)
     return lambda step: jnp.maximum(1 - decay, 9.0 / (10.0 + step))
 
 
 def half_life(images: float, batch_size: int, *, ramp_up: float | None = 0.05) -> Rate:
-    """Half of the average is of the last `images` images, whatever the batch (Karras et al. 2022).
+    """Returns the rate by which half of the average is of the last `images` images, whatever the
+    batch (Karras et al. 2022).
 
     With `ramp_up`, of no more than this part of the images seen so far. Raises ValueError unless
     all are > 0.
@@ -58,7 +60,8 @@ def half_life(images: float, batch_size: int, *, ramp_up: float | None = 0.05) -
 
 
 def power(relative_std: float) -> Rate:
-    """Decay (1 - 1/step)^(gamma + 1), by which weights count as step^gamma (Karras et al. 2024).
+    """Returns the rate of decay (1 - 1/step)^(gamma + 1), by which weights count as step^gamma
+    (Karras et al. 2024).
 
     The average's width is always the same part of the training so far, relative_std: there 0.05
     or 0.10. The first step's decay is 0: the weights before it are forgotten.
@@ -68,7 +71,8 @@ def power(relative_std: float) -> Rate:
 
 
 def power_of(relative_std: float) -> float:
-    """gamma > 0 of a profile t^gamma on [0, 1] with this standard deviation (Karras et al. 2024).
+    """Returns gamma > 0 of a profile t^gamma on [0, 1] with this standard deviation (Karras et al.
+    2024).
 
     std = sqrt(gamma + 1)/((gamma + 2) sqrt(gamma + 3)). Raises ValueError outside (0, 0.288), where
     there is none.
@@ -89,7 +93,8 @@ class Profile(NamedTuple):
 
 
 def reconstruction(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
-    """float64[len(snapshots)]: the factors whose sum of the snapshots' profiles is nearest to it.
+    """Returns float64[len(snapshots)], the factors whose sum of the snapshots' profiles is nearest
+    to it.
 
     By least squares over time (Karras et al. 2024, Algorithm 3). Raises ValueError for no
     snapshots, or for a time later than all of theirs.
@@ -104,7 +109,8 @@ def reconstruction(snapshots: Sequence[Profile], wanted: Profile) -> np.ndarray:
 
 
 def misfit(snapshots: Sequence[Profile], wanted: Profile, factors: np.ndarray) -> float:
-    """How far the sum of the snapshots' profiles by these factors is from the wanted one.
+    """Returns the relative L2 error of the sum of the snapshots' profiles: 0 is exact, 1 is no
+    better than zero.
 
     The norm of the difference over time by that of the wanted: 0, it is that; 1, no better than 0.
     """
@@ -117,7 +123,8 @@ def misfit(snapshots: Sequence[Profile], wanted: Profile, factors: np.ndarray) -
 def reconstruct(
     averages: Iterable[Any], snapshots: Sequence[Profile], time: float, relative_std: float
 ) -> Any:
-    """The average with this width at this time, out of snapshots: trees of arrays of weights.
+    """Returns the average with this width at this time, out of snapshots: trees of arrays of
+    weights.
 
     `averages` are the trees that `power` had made by the times of `snapshots` (gamma of each:
     `power_of`), taken one by one and summed in float64. A tree of NumPy arrays of their dtypes.
@@ -136,7 +143,7 @@ def reconstruct(
 
 
 def _inner(a: Profile, b: Profile) -> float:
-    """The integral of the product of two profiles, each of integral 1."""
+    """Returns the integral of the product of two profiles, each of integral 1."""
     if min(a.time, b.time) <= 0:
         raise ValueError("a profile's time must be > 0")
     end = min(a.time, b.time)

@@ -1,4 +1,4 @@
-"""What a run says: progress on the terminal, scalars as JSON lines and for TensorBoard, curves."""
+"""The log of a run: progress on the terminal, scalars as JSON lines and for TensorBoard, curves."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddpm.files import write_whole
+from ddpm.files.atomic import write_atomically
 
 
 class Logbook:
@@ -31,7 +31,7 @@ class Logbook:
             return
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        write_whole(self.path, lambda path: path.write_text(text))
+        write_atomically(self.path, lambda path: path.write_text(text))
         self._file = self.path.open("a")
         self._board = _summary_writer()(str(workdir / "tensorboard"), purge_step=step + 1)
         if sys.stderr.isatty():
@@ -40,23 +40,24 @@ class Logbook:
             )
 
     def say(self, text: str) -> None:
-        """One line, above the bar."""
+        """Prints one line, above the bar."""
         if self.speaks:
             say(text, self._bar)
 
     def start_clock(self, step: int) -> None:
-        """Speed is counted from here: after compiling, after a pause for samples."""
+        """Starts counting speed from here: after compiling, after a pause for samples."""
         self._mark = (step, time.perf_counter())
         if self._bar is not None:
             self._bar.unpause()
 
     def advance(self) -> None:
-        """The bar, by one step."""
+        """Advances the bar by one step."""
         if self._bar is not None:
             self._bar.update()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """A row of scalars, with the speed since the last one; a line where there is no bar."""
+        """Writes a row of scalars, with the speed since the last one; prints a line where there is
+        no bar."""
         if not self.speaks:
             return
         since, start = self._mark
@@ -79,7 +80,7 @@ class Logbook:
         self._mark = (step, time.perf_counter())
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """uint8[h, w, c] for TensorBoard."""
+        """Writes uint8[h, w, c] for TensorBoard."""
         if not self.speaks:
             return
         self._board.add_image(name, image, step, dataformats="HWC")
@@ -95,8 +96,8 @@ class Logbook:
 
 
 def _summary_writer() -> Any:
-    """tensorboardX's, kept from importing PyTorch, which it would where that is installed: that
-    takes seconds, and nothing here needs it."""
+    """Returns tensorboardX's writer, kept from importing PyTorch, which it would where that is
+    installed: that takes seconds, and nothing here needs it."""
     without = "torch" not in sys.modules
     if without:
         sys.modules["torch"] = None  # type: ignore[assignment]
@@ -109,7 +110,7 @@ def _summary_writer() -> Any:
 
 
 def say(text: str, bar: Any = None) -> None:
-    """One line on standard error, where all progress goes."""
+    """Prints one line on standard error, where all progress goes."""
     if bar is not None:
         bar.write(text, file=sys.stderr)
     else:
@@ -117,7 +118,7 @@ def say(text: str, bar: Any = None) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """Returns the rows of a metrics.jsonl; a last line cut off by a kill is left out."""
     if not path.exists():
         return []
     rows = []
@@ -130,7 +131,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
-    """The loss over steps, in all and by parts of 1..T, as a PNG."""
+    """Plots the loss over steps, in all and by parts of 1..T, as a PNG."""
     rows = read_metrics(metrics)
     if not rows:
         return

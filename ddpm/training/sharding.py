@@ -10,23 +10,29 @@ from ddpm.errors import InputError
 
 
 def data_mesh() -> Mesh:
-    """All devices of all processes along one axis, 'data'."""
+    """Returns all devices of all processes along one axis, 'data'."""
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole."""
+    """Returns the sharding by which every device holds the whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over the devices."""
+    """Returns the sharding by which the first axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def to_devices(mesh: Mesh, batch: np.ndarray) -> jax.Array:
-    """This process's part of the global batch, as part of the global array."""
+    """Places this process's part of the global batch, as part of the global array."""
     return jax.make_array_from_process_local_data(split_batch(mesh), batch)
+
+
+def rounded_up(batch_size: int, mesh: Mesh) -> int:
+    """Returns the next batch size that divides over the devices."""
+    devices = mesh.devices.size
+    return -(-batch_size // devices) * devices
 
 
 def check_batch_size(batch_size: int, name: str) -> None:
@@ -40,5 +46,5 @@ def check_batch_size(batch_size: int, name: str) -> None:
 
 
 def abstract_like(tree: Any, sharding: NamedSharding) -> Any:
-    """Shapes and dtypes of a tree, placed: what a checkpoint is restored into."""
+    """Returns shapes and dtypes of a tree, placed: what a checkpoint is restored into."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from ddpm.errors import InputError, first_line
-from ddpm.files import write_whole
+from ddpm.files.atomic import write_atomically
 from ddpm.training import ema
 
 WORST = 0.1  # misfit of an average that is still made
@@ -37,11 +37,11 @@ def save(folder: Path, step: int, averages: Sequence[Any], relative_stds: Sequen
             with temporary.open("wb") as file:
                 np.savez(file, **flat)  # type: ignore[arg-type]
 
-        write_whole(folder / f"step_{step:08}_std{float(std)!r}.npz", write)
+        write_atomically(folder / f"step_{step:08}_std{float(std)!r}.npz", write)
 
 
 def cut(folder: Path, step: int) -> None:
-    """Removes what was kept of later steps, which a training that goes on from here makes anew.
+    """Removes what was kept of later steps, which a training that resumes from here makes anew.
 
     Made otherwise now, they would not be of one training with the others.
     """
@@ -51,7 +51,8 @@ def cut(folder: Path, step: int) -> None:
 
 
 def reconstruct(folder: Path, step: int, relative_std: float, like: Any) -> Average:
-    """The average of this width at the last snapshot up to `step`, of all snapshots until there.
+    """Returns the average of this width at the last snapshot up to `step`, of all snapshots until
+    there.
 
     Summed in float64, one file in memory at a time. `like` is a tree of the weights' shapes. Raises
     InputError without a snapshot, for one that cannot be read or is of other weights, or for a
@@ -81,7 +82,7 @@ def reconstruct(folder: Path, step: int, relative_std: float, like: Any) -> Aver
 
 
 def _found(folder: Path) -> list[tuple[Path, int, float]]:
-    """The files, with the step and the width in their names."""
+    """Returns the files, with the step and the width in their names."""
     names = ((p, re.fullmatch(r"step_(\d+)_std([\d.e-]+)\.npz", p.name)) for p in folder.glob("*"))
     return sorted((path, int(name[1]), float(name[2])) for path, name in names if name)
 

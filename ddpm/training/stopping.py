@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM and Ctrl-C end training after the step under way."""
+"""Requests to stop: SIGTERM and Ctrl-C end training after the step under way."""
 
 import _thread
 import signal
@@ -19,6 +19,8 @@ def heed_ctrl_c() -> None:
     collection: Ctrl-C at such a moment would be printed, and lost.
     """
     before = sys.unraisablehook
+    if getattr(before, "heeds_ctrl_c", False):
+        return
 
     def hook(ignored: Any) -> None:
         if issubclass(ignored.exc_type, KeyboardInterrupt):
@@ -27,11 +29,13 @@ def heed_ctrl_c() -> None:
         else:
             before(ignored)
 
+    hook.heeds_ctrl_c = True  # type: ignore[attr-defined]
     sys.unraisablehook = hook
 
 
 class StopSignal:
-    """Within `with StopSignal() as stop:`, stop.requested(step) tells whether to save and leave.
+    """The stop signal: within `with StopSignal() as stop:`, stop.requested(step) says whether to
+    save and leave.
 
     A second signal is not caught: it ends the process as usual.
     """
@@ -55,7 +59,7 @@ class StopSignal:
         self._restore()
 
     def requested(self, step: int) -> bool:
-        """Whether a signal came; with several processes, all get the same answer at a step."""
+        """Returns whether a signal came; several processes all get the same answer at a step."""
         if jax.process_count() > 1:
             # jax.distributed has its own handler, and agrees on a step among the processes.
             from jax.experimental import multihost_utils

@@ -9,7 +9,7 @@ from scipy import stats
 from scipy.special import log_ndtr
 
 from ddpm import q_posterior, q_sample, q_step, schedules
-from ddpm.diffusion.gaussian import decoder_log_likelihood, lift, normal_kl, same_shape
+from ddpm.diffusion.gaussian import decoder_log_likelihood, expand_like, normal_kl, same_shape
 from tests.exact import NAMES, close, pair
 
 PIXELS = (np.arange(256) / 127.5 - 1).astype(np.float32)
@@ -178,9 +178,9 @@ def test_nothing_broadcasts_silently():
 
 
 def test_lift():
-    assert lift(jnp.ones(3), jnp.ones((3, 2, 2, 1))).shape == (3, 1, 1, 1)
-    assert lift(jnp.ones(()), jnp.ones((3, 2))).shape == ()
-    assert lift(jnp.ones(3), jnp.ones(3)).shape == (3,)
+    assert expand_like(jnp.ones(3), jnp.ones((3, 2, 2, 1))).shape == (3, 1, 1, 1)
+    assert expand_like(jnp.ones(()), jnp.ones((3, 2))).shape == ()
+    assert expand_like(jnp.ones(3), jnp.ones(3)).shape == (3,)
 
 
 # --- The KL of two Gaussians

@@ -5,33 +5,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm import denoiser, losses, predictions, schedules, weights
+from ddpm import denoiser, loss_weights, losses, predictions, schedules
 from ddpm.diffusion import continuous
 from tests.exact import close
 
 # On eps, on x_0, on v: by the papers' formulas, SNR in float64.
 TABLE = {
-    "simple": (weights.simple, lambda s: (1 + 0 * s, s, s / (s + 1))),
-    "x_0": (weights.x_0, lambda s: (1 / s, 1 + 0 * s, 1 / (s + 1))),
-    "v": (weights.v, lambda s: ((s + 1) / s, s + 1, 1 + 0 * s)),
+    "simple": (loss_weights.simple, lambda s: (1 + 0 * s, s, s / (s + 1))),
+    "x_0": (loss_weights.x_0, lambda s: (1 / s, 1 + 0 * s, 1 / (s + 1))),
+    "v": (loss_weights.v, lambda s: ((s + 1) / s, s + 1, 1 + 0 * s)),
     "min_snr": (
-        weights.min_snr(),
+        loss_weights.min_snr(),
         lambda s: [np.minimum(s, 5) / d for d in (s, 1, s + 1)],
     ),
     "truncated_snr": (
-        weights.truncated_snr,
+        loss_weights.truncated_snr,
         lambda s: [np.maximum(s, 1) / d for d in (s, 1, s + 1)],
     ),
     "p2": (
-        weights.p2(0.5, 2.0),
+        loss_weights.p2(0.5, 2.0),
         lambda s: [(2 + s) ** -0.5 * m for m in (1, s, s / (s + 1))],
     ),
     "sigmoid": (
-        weights.sigmoid(-1.5),
+        loss_weights.sigmoid(-1.5),
         lambda s: [m / (1 + np.exp(1.5) * s) for m in (1, s, s / (s + 1))],
     ),
     "edm": (
-        weights.edm(0.5),
+        loss_weights.edm(0.5),
         lambda s: [(1 / s + 0.25) / (0.25 / s) / d for d in (s, 1, s + 1)],
     ),
 }
@@ -44,18 +44,18 @@ def test_weights_on_eps_x_0_and_v(name):
     on_eps, on_x_0, on_v = formula(np.exp(log_snr))
     log_snr = jnp.float32(log_snr)
     close(weight(log_snr), on_x_0, rtol=1e-5)
-    close(weights.on_eps(weight, log_snr), on_eps, rtol=1e-5)
-    close(weights.on_v(weight, log_snr), on_v, rtol=1e-5)
+    close(loss_weights.on_eps(weight, log_snr), on_eps, rtol=1e-5)
+    close(loss_weights.on_v(weight, log_snr), on_v, rtol=1e-5)
     assert jnp.isfinite(weight(jnp.float32([-jnp.inf, 60.0]))).all()
 
 
 def test_weights_of_edm_and_v_are_one_for_unit_data():
     log_snr = jnp.linspace(-8, 8, 17)
-    close(weights.edm(1.0)(log_snr), weights.v(log_snr), rtol=1e-6)
+    close(loss_weights.edm(1.0)(log_snr), loss_weights.v(log_snr), rtol=1e-6)
 
 
 def test_wrong_settings_are_refused():
-    for make in (weights.min_snr, weights.edm, lambda k: weights.p2(1.0, k)):
+    for make in (loss_weights.min_snr, loss_weights.edm, lambda k: loss_weights.p2(1.0, k)):
         with pytest.raises(ValueError, match="must be > 0"):
             make(0.0)
 
@@ -89,7 +89,7 @@ def test_same_objective_and_gradients_through_every_prediction(name):
         def loss(parameters, reading):
             of = losses.weighted(weight)
             each = losses.regression(SCHEDULE, said_by(reading, parameters), x_0, T, eps, of)
-            return each / weights.on_v(weight, SCHEDULE.at(T).high)  # all of one size
+            return each / loss_weights.on_v(weight, SCHEDULE.at(T).high)  # all of one size
 
         return {r: (loss(parameters, r), jax.jacrev(loss)(parameters, r)) for r in READINGS}
 
@@ -115,7 +115,9 @@ def test_same_objective_and_gradients_through_every_prediction(name):
 VARIANCE = 0.3
 
 
-@pytest.mark.parametrize("weight", [weights.simple, weights.sigmoid(1.0), weights.min_snr()])
+@pytest.mark.parametrize(
+    "weight", [loss_weights.simple, loss_weights.sigmoid(1.0), loss_weights.min_snr()]
+)
 def test_over_log_snr_the_schedule_has_no_say(weight):
     """The integral of the weight over log-SNR, of Gaussian data: all by quadrature."""
     n, ends = 2000, (6.0, -6.0)
@@ -144,12 +146,12 @@ def test_half_of_l_simple_over_log_snr_is_the_continuous_bound():
     x_0, eps = jax.random.normal(jax.random.key(1), (2, 5, 3))
     t = jnp.float32([1, 1.5, 30, 700.25, 1000])
     guess = said_by("v", jnp.array([0.1, 0.2]))
-    likelihood = losses.weighted(weights.simple, over_log_snr=True)
+    likelihood = losses.weighted(loss_weights.simple, over_log_snr=True)
     nats = losses.regression(SCHEDULE, guess, x_0, t, eps, likelihood) / 2
     close(losses.continuous_bound(SCHEDULE, guess, x_0, t, eps) * np.log(2), nats, rtol=1e-3)
 
 
-@pytest.mark.parametrize("weight", [weights.min_snr(), weights.simple, weights.p2()])
+@pytest.mark.parametrize("weight", [loss_weights.min_snr(), loss_weights.simple, loss_weights.p2()])
 def test_a_weight_that_vanishes_is_of_no_error_however_large(weight):
     """eps tells x_0 by 1/alpha_T, which is 1e20 here: its square is beyond float32."""
     schedule = schedules.constant(1000, 0.09)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm import Prediction, clipped, denoiser, predictions, q_sample, schedules, weights
+from ddpm import Prediction, clipped, denoiser, loss_weights, predictions, q_sample, schedules
 from ddpm.diffusion import continuous
 from tests.exact import NAMES, close, gaussian_denoiser, pair
 
@@ -225,7 +225,7 @@ def test_preconditioned_network_sees_and_is_asked_for_unit_variance():
         seen["x"] = x
         return jnp.zeros_like(x)
 
-    weight = weights.edm(0.7)(schedule.log_snr[t])[:, None]
+    weight = loss_weights.edm(0.7)(schedule.log_snr[t])[:, None]
     skip = predictions.preconditioned(schedule, network, sigma_data=0.7)(x_t, t)
     wanted = (x_0 - skip.x_0) * jnp.sqrt(weight)  # by c_out, of either sign
     close(seen["x"].std(axis=1), 1, rtol=0.05)
@@ -270,7 +270,7 @@ def test_told_by_log_snr_a_network_says_the_same_of_any_schedule(name):
         if name == "preconditioned":
             denoise = predictions.preconditioned(schedule, network)
         else:
-            by = predictions.by_log_snr(schedule, network)
+            by = predictions.conditioned_on_log_snr(schedule, network)
             denoise = denoiser(schedule, by, READINGS[name])
         said.append(denoise(x_t, t))
     expected = -log_snr / 8 if name == "preconditioned" else 25 * (20 - log_snr)
@@ -285,5 +285,5 @@ def test_told_by_log_snr_a_network_says_the_same_of_any_schedule(name):
 
 def test_log_snr_is_told_in_0_to_1000_and_not_beyond():
     log_snr = jnp.array([np.inf, 25.0, 20.0, 10.0, -20.0, -21.0, -np.inf])
-    told = predictions.by_log_snr(continuous.Levels(log_snr, log_snr), lambda x_t, t: t)
+    told = predictions.conditioned_on_log_snr(continuous.Levels(log_snr, log_snr), lambda x_t, t: t)
     assert (told(jnp.zeros(7), jnp.zeros(7)) == jnp.array([0, 0, 0, 250, 1000, 1000, 1000])).all()

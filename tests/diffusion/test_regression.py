@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm import Prediction, fixed_large, fixed_small, likelihood, losses, schedules, weights
+from ddpm import Prediction, fixed_large, fixed_small, likelihood, loss_weights, losses, schedules
 from ddpm.diffusion import continuous, predictions
-from ddpm.diffusion.keys import normal, sample_keys
+from ddpm.diffusion.streams import normal, sample_keys
 from tests.exact import close, gaussian_denoiser, mixture_denoiser, pair
 
 STEPS, MEAN, VARIANCE = 20, 0.4, 0.25
@@ -64,12 +64,12 @@ CRITERIA = {
         lambda e: e.posterior(ALL - 1, ALL)[0] ** 2,
     ),
     "min_snr": (
-        losses.weighted(weights.min_snr()),
+        losses.weighted(loss_weights.min_snr()),
         lambda e: np.minimum((a(e) / s(e)) ** 2, 5),
     ),
-    "edm": (losses.weighted(weights.edm()), lambda e: (a(e) / s(e)) ** 2 + 4),
+    "edm": (losses.weighted(loss_weights.edm()), lambda e: (a(e) / s(e)) ** 2 + 4),
     "likelihood": (
-        losses.weighted(weights.simple, over_log_snr=True),
+        losses.weighted(loss_weights.simple, over_log_snr=True),
         lambda e: (a(e) / s(e)) ** 2 * cells(e) * STEPS,
     ),
 }
@@ -241,7 +241,7 @@ def test_gradients_of_the_bound_are_finite_however_wrong_the_prediction():
                 assert all(jnp.isfinite(g) for g in gradient(off, raw, field)), (off, raw)
 
 
-@pytest.mark.parametrize("criterion", [None, losses.weighted(weights.min_snr())])
+@pytest.mark.parametrize("criterion", [None, losses.weighted(loss_weights.min_snr())])
 def test_hybrid_is_a_regression_of_the_mean_and_the_bound_of_the_variance(criterion):
     schedule, _, best = exact_pair("linear")
     x_0, eps = jax.random.normal(jax.random.key(2), (2, STEPS, 3)).clip(-1, 1)

@@ -10,8 +10,8 @@ import pytest
 from ddpm.data import ArraySource, digits
 from ddpm.errors import InputError
 from ddpm.evaluation import comparison, features
-from ddpm.evaluation.classifier import load_classifier
-from ddpm.models.classifier import Classifier
+from ddpm.evaluation.classifier import Classifier
+from ddpm.evaluation.shipped import load_classifier
 from ddpm.training import sharding
 
 
@@ -72,7 +72,7 @@ def test_comparison_tells_halves_of_digits_from_noise():
     assert floor["kernel_distance"] < 0.2 * found["kernel_distance"]
     assert comparison.floor(data, same, 10**6) == ("held-out images", 719, floor)
     halves = comparison.floor(data, None, 300)  # disjoint: else there would be copies
-    assert (halves.images, halves.of) == (300, "training images beside 360 others")
+    assert (halves.images, halves.of) == (300, "training images against 360 others")
     assert halves.values["frechet_distance"] < 0.2 * found["frechet_distance"]
     assert 0.4 < halves.values["two_sample_accuracy"] < 0.6
     assert floor["two_sample_accuracy"] < 0.6 < 0.95 < found["two_sample_accuracy"]

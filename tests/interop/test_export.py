@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
 
-from ddpm import experiment
+from ddpm.build import experiment
 from ddpm.config import default
 from ddpm.data.sources import npz
-from ddpm.diffusion.keys import sample_keys
+from ddpm.diffusion.streams import sample_keys
 from ddpm.errors import InputError
 from ddpm.interop import weights
 from ddpm.modes.export import export
@@ -173,7 +173,7 @@ def test_training_goes_on_from_weights_of_others(workdir, tmp_path):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-20)
     # The same command goes on from the checkpoint, not from the weights.
     again = ok(command(tmp_path / "run", given, **options | {"training__steps": 3}))
-    assert "going on at step 2" in again.stderr
+    assert "resuming at step 2" in again.stderr
     # And from no other weights.
     other = f"--init_from={workdir / 'raw'}"
     fails(command(tmp_path / "run", other, **options), "holds a run that did not begin from --init")

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from ddpm import experiment
-from ddpm.config import default
-from ddpm.diffusion.keys import sample_keys
+from ddpm import fixed_large, fixed_small
+from ddpm.build import experiment
+from ddpm.build.schedule import noise_schedule
+from ddpm.config import default, with_settings
+from ddpm.diffusion.streams import sample_keys
 from ddpm.interop import settings, weights
-from ddpm.objectives import FIXED
 from ddpm.sampling.sample import sample
 from ddpm.sampling.samplers import ancestral, ddim, times
 from tests.interop.theirs import (
@@ -40,8 +41,10 @@ def ours(found):
 
 @pytest.mark.parametrize("name", UNETS)
 def test_forward_equals_that_of_diffusers(name, tmp_path):
-    # The network for 256x256 on smaller images, which it takes as well.
-    smaller = {"sample_size": 32} if name == "256" and not FULL_SIZE else {}
+    # The networks of six levels a quarter as wide, on the smallest images that they take.
+    smaller = {}
+    if name in ("256", "train_unconditional") and not FULL_SIZE:
+        smaller = {"sample_size": 32, "block_out_channels": (32, 32, 64, 64, 128, 128)}
     net = make(UNETS[name] | smaller)
     found = weights.load(save(net, tmp_path / "pipeline"))
     network, rng = ours(found), np.random.default_rng(1)
@@ -128,7 +131,9 @@ def test_ancestral_steps_equal_those_of_diffusers(name, variance, num_steps, tmp
     keys = sample_keys(jax.random.key(3), np.arange(2))
     give_noise(monkeypatch, keys, times(num_steps), found.image_shape)
     expected = pipeline(2, num_inference_steps=num_steps, output_type="np").images
-    x_0 = drawn(found, keys, ancestral(FIXED[variance]))
+    x_0 = drawn(
+        found, keys, ancestral({"fixed_large": fixed_large, "fixed_small": fixed_small}[variance])
+    )
     np.testing.assert_allclose(x_0, expected, rtol=0, atol=1e-3 / 2)
 
 
@@ -158,8 +163,8 @@ def drawn(found, keys, sampler):
 def test_schedules_equal_those_of_diffusers(options):
     scheduler = DDPMScheduler(**options)
     found = settings.noise_settings(scheduler.config, "here")
-    config, _ = experiment.with_settings(default(), diffusion=found.diffusion)
-    alpha_bar = experiment.noise_schedule(config).alpha_bar[1:]
+    config, _ = with_settings(default(), diffusion=found.diffusion)
+    alpha_bar = noise_schedule(config).alpha_bar[1:]
     np.testing.assert_allclose(alpha_bar, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-9)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from ddpm.diffusion.keys import normal
+from ddpm.diffusion.streams import normal
 from ddpm.errors import InputError
 from ddpm.interop import weights
 

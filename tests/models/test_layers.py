@@ -13,7 +13,7 @@ from ddpm import UNet
 from ddpm.models import layers
 from ddpm.models.layers import (
     GroupNorm,
-    beside,
+    concatenate_inputs,
     conv3x3,
     embed,
     fourier_embedding,
@@ -124,20 +124,20 @@ def test_image_waves_and_condition_stand_side_by_side():
     # Float32 angles of up to 2^8 pi are good to some 5e-5, and so is x at the slope 2^8 pi.
     for exponents in ((), (7, 8), (8, 0)):
         expected = [exact, *(wave for n in exponents for wave in waves[n])]
-        found = beside(x, None, condition_channels=0, exponents=exponents)
+        found = concatenate_inputs(x, None, condition_channels=0, exponents=exponents)
         close(found, np.concatenate(expected, axis=-1), atol=2e-4)
-        found = beside(x, condition, condition_channels=3, exponents=exponents)
+        found = concatenate_inputs(x, condition, condition_channels=3, exponents=exponents)
         close(found, np.concatenate([*expected, condition], axis=-1), atol=2e-4)
         assert (found[..., :2] == x).all()
-        found = beside(x, None, condition_channels=3, exponents=exponents)
+        found = concatenate_inputs(x, None, condition_channels=3, exponents=exponents)
         close(found, np.concatenate([*expected, 0 * condition], axis=-1), atol=2e-4)
-    assert beside(x, None, condition_channels=0) is x
+    assert concatenate_inputs(x, None, condition_channels=0) is x
 
 
 def test_waves_of_bfloat16_are_float32():
     """Angles of 2^8 pi have no digits after the point in bfloat16."""
     x = jnp.array([0.5, -0.75, 0.015625], jnp.bfloat16).reshape(1, 1, 1, 3)
-    found = beside(x, None, condition_channels=0, exponents=(5, 8))
+    found = concatenate_inputs(x, None, condition_channels=0, exponents=(5, 8))
     expected = [0.5, -0.75, 2**-6, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1]
     close(found.ravel(), expected, atol=1e-4)
 
@@ -149,7 +149,7 @@ def test_waves_of_bfloat16_are_float32():
 def test_conditions_of_another_shape_are_refused(shape, channels):
     """Never broadcast: that of one image for all must be said."""
     with pytest.raises(ValueError, match=rf"must be \(2, 4, 6, {channels}\)"):
-        beside(jnp.zeros((2, 4, 6, 3)), jnp.zeros(shape), condition_channels=channels)
+        concatenate_inputs(jnp.zeros((2, 4, 6, 3)), jnp.zeros(shape), condition_channels=channels)
 
 
 def test_too_few_channels_for_a_time_embedding_are_refused():
@@ -222,7 +222,7 @@ def test_attention_is_that_of_jax_on_every_backend(size, heads, monkeypatch):
 
 
 def test_norm_of_bfloat16_far_from_zero():
-    """Squares of 300 lose, in bfloat16, the variance of 1 beside them."""
+    """Squares of 300 lose, in bfloat16, the variance of 1 next to them."""
     x = (300 + jax.random.normal(cheap_key(0), (1, 64, 64, 4))).astype(jnp.bfloat16)
     params = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
     found = GroupNorm(2).apply({"params": params}, x)

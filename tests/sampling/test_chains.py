@@ -26,7 +26,7 @@ from ddpm.diffusion.analytic import analytic, second_moments
 from ddpm.sampling import grids
 from ddpm.sampling.adaptive import probability_flow
 from ddpm.sampling.langevin import annealed_langevin, predictor_corrector
-from ddpm.sampling.samplers import Stride, times
+from ddpm.sampling.samplers import StepInfo, times
 from ddpm.sampling.solvers import dpm_solver, heun, unipc
 from tests.exact import NAMES, close, gaussian_denoiser, levels, mixture_denoiser, pair
 
@@ -294,8 +294,8 @@ def test_snapshots_are_one_step_apart():
     t = times(20, 7)
     assert (chain.times == t[:-1]).all()
     for i, x_s in enumerate([*chain.x_t[1:], chain.x_0]):
-        stride = Stride(t[i], t[i + 1], i, t)
-        expected = sampler.step(schedule, denoise, chain.x_t[i], stride, lambda k=0: 0.0, ())
+        step_info = StepInfo(t[i], t[i + 1], i, t)
+        expected = sampler.step(schedule, denoise, chain.x_t[i], step_info, lambda k=0: 0.0, ())
         close(x_s, expected.x, rtol=1e-5, atol=1e-6)
     assert chain.evaluations == 7
 
@@ -321,7 +321,7 @@ def test_ddim_upwards_is_ddim_downwards_inverted():
 
     @jax.jit
     def move(x, t, s):
-        return ddim().step(schedule, denoise, x, Stride(t, s, 0, None), None, ()).x
+        return ddim().step(schedule, denoise, x, StepInfo(t, s, 0, None), None, ()).x
 
     x = start = jnp.linspace(-2, 2, 8).reshape(2, 4)
     for s in range(900, 100, -1):

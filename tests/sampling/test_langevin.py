@@ -10,7 +10,7 @@ import pytest
 from ddpm import ancestral, ddim, sample_chain
 from ddpm.sampling import grids
 from ddpm.sampling.langevin import annealed_langevin, langevin_step, predictor_corrector
-from ddpm.sampling.samplers import Stride
+from ddpm.sampling.samplers import StepInfo
 from tests.exact import gaussian_denoiser, pair
 
 
@@ -49,8 +49,8 @@ def test_the_corrector_keeps_the_marginal_it_is_at():
     @jax.jit
     def run(key):
         noise = lambda k=0: jax.random.normal(jax.random.fold_in(key, k), x.shape)  # noqa: E731
-        stride = Stride(jnp.asarray(t), jnp.asarray(t), jnp.asarray(0), jnp.asarray([t, t]))
-        return sampler.step(schedule, denoise, x, stride, noise, ()).x
+        step_info = StepInfo(jnp.asarray(t), jnp.asarray(t), jnp.asarray(0), jnp.asarray([t, t]))
+        return sampler.step(schedule, denoise, x, step_info, noise, ()).x
 
     found = np.asarray(run(jax.random.key(1)), np.float64)
     marginal = exact.alpha_bar[t] * variance + exact.variance[t]

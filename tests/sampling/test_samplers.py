@@ -7,7 +7,7 @@ import pytest
 
 from ddpm import Prediction, ancestral, ddim, fixed_large, fixed_small, schedules
 from ddpm.diffusion.predictions import from_x_0
-from ddpm.sampling.samplers import Stride, times
+from ddpm.sampling.samplers import StepInfo, times
 from tests.exact import NAMES, close, pair
 
 
@@ -19,9 +19,9 @@ def steps_at(sampler, schedule, s, t, x_0, eps, x_t, noise, log_variance=None):
 
 def _steps_at(step, compiled={}):  # noqa: B006 - the point is to keep them
     def one(schedule, prediction, s, t, x_t, noise):
-        stride = Stride(t, s, jnp.array(0), jnp.stack([t, s]))
+        step_info = StepInfo(t, s, jnp.array(0), jnp.stack([t, s]))
         denoiser = lambda x, t: jax.tree.map(lambda p: p[None], prediction)  # noqa: E731
-        return step(schedule, denoiser, x_t[None], stride, lambda k=0: noise[None], ()).x[0]
+        return step(schedule, denoiser, x_t[None], step_info, lambda k=0: noise[None], ()).x[0]
 
     if step not in compiled:
         compiled[step] = jax.jit(jax.vmap(one, (None, 0, 0, 0, 0, 0)))
@@ -158,6 +158,6 @@ def test_samplers_carry_their_number_of_steps():
 def test_default_variance_is_fixed_large():
     schedule = schedules.linear(7)
     x = jnp.ones((1, 2))
-    stride = Stride(jnp.array(5), jnp.array(2), jnp.array(0), jnp.array([5, 2]))
-    arguments = schedule, lambda x, t: Prediction(x, x), x, stride, lambda k=0: x, ()
+    step_info = StepInfo(jnp.array(5), jnp.array(2), jnp.array(0), jnp.array([5, 2]))
+    arguments = schedule, lambda x, t: Prediction(x, x), x, step_info, lambda k=0: x, ()
     close(ancestral().step(*arguments).x, ANCESTRAL["fixed_large"].step(*arguments).x)

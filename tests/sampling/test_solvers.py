@@ -12,7 +12,7 @@ from ddpm import NoiseSchedule, Prediction, ancestral, ddim, fixed_small, sample
 from ddpm.diffusion.predictions import from_eps
 from ddpm.sampling import grids
 from ddpm.sampling.adaptive import probability_flow
-from ddpm.sampling.samplers import Stride
+from ddpm.sampling.samplers import StepInfo
 from ddpm.sampling.solvers import _moment, _weights, dpm_solver, euler, heun, unipc
 from tests.exact import close, gaussian_denoiser, mixture_denoiser, pair
 
@@ -158,9 +158,9 @@ def test_step_of_no_size_is_the_identity(sampler):
     denoise = gaussian_denoiser(exact, 0.4, 0.25)
     x = jnp.linspace(-2, 2, 7)[:, None]
     t = jnp.asarray(300)
-    stride = Stride(t, t, jnp.asarray(0), jnp.asarray([300, 300]))
+    step_info = StepInfo(t, t, jnp.asarray(0), jnp.asarray([300, 300]))
     found = jax.jit(
-        lambda: sampler.step(schedule, denoise, x, stride, lambda k=0: x, sampler.memory(x)).x
+        lambda: sampler.step(schedule, denoise, x, step_info, lambda k=0: x, sampler.memory(x)).x
     )()
     close(found, x, atol=2e-6)
 

@@ -9,7 +9,8 @@ from ddpm.diffusion.timesteps import LossHistory
 from ddpm.errors import InputError
 from ddpm.training import sharding
 from ddpm.training.checkpoints import Checkpoints, digest, items_of, saved_meta
-from ddpm.training.state import TrainState, adam
+from ddpm.training.optimizer import adam
+from ddpm.training.state import TrainState
 
 
 def state_at(step, size=300):

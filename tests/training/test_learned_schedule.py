@@ -8,13 +8,17 @@ import optax
 import pytest
 from scipy import special, stats
 
-from ddpm import experiment, objectives
+from ddpm.build import experiment
+from ddpm.build.objective import objective as objective_of
+from ddpm.build.schedule import noise_schedule
 from ddpm.config import default
 from ddpm.diffusion import continuous
 from ddpm.errors import InputError
 from ddpm.training import ema
-from ddpm.training.objective import LEARNED_SCHEDULE
-from ddpm.training.state import NUM_BUCKETS, Metrics, adam, init, make_train_step
+from ddpm.training.objectives import LEARNED_SCHEDULE
+from ddpm.training.optimizer import adam
+from ddpm.training.state import NUM_BUCKETS, Metrics, init
+from ddpm.training.step import make_train_step
 from tests.exact import close
 
 IMAGE, BATCH, STEP, T = (4, 4, 1), 24, 3, 20
@@ -47,12 +51,12 @@ def configured(**changes):
 
 def step_of(config, optimizer, **options):
     """The compiled step and the state to begin with, at weights that are not zero."""
-    schedule = experiment.noise_schedule(config)
-    aim, model = objectives.objective(config, schedule), Network()
-    start = init(model, optimizer, IMAGE, 0, schedule_parameters=aim.schedule_parameters(),
+    schedule = noise_schedule(config)
+    aim, model = objective_of(config, schedule), Network()
+    start = init(model, optimizer, IMAGE, 0, aim,
                  other_averages=len(options.get("other_ema_rates", ())))  # fmt: skip
     step = jax.jit(make_train_step(
-        model, schedule, optimizer, **({"ema_decay": 0.9, "seed": 0, "objective": aim} | options)
+        model, aim, optimizer, **({"ema_decay": 0.9, "seed": 0} | options)
     ))  # fmt: skip
     params = start.params | {"w": jnp.asarray(WEIGHTS, jnp.float32)}
     return step, start._replace(params=params)
@@ -215,7 +219,7 @@ def test_the_step_moves_the_schedule_and_all_averages_of_it():
 
 def test_time_zero_counts_to_the_first_bucket():
     config = configured()
-    aim = objectives.objective(config, experiment.noise_schedule(config))
+    aim = objective_of(config, noise_schedule(config))
     aim = aim._replace(draw=lambda history, key, n: (jnp.zeros(n), None))
     step, state = step_of(config, adam(0.1), objective=aim)
     _, metrics = step(state, Metrics.zero(), IMAGES)

@@ -10,15 +10,18 @@ import pytest
 
 from ddpm.errors import InputError
 from ddpm.training import sharding
+from tests import runs
 from tests.runs import command
-from tests.runs import run as run_main
 
 SCRIPT = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from ddpm import UNet, schedules
 from ddpm.training import sharding
-from ddpm.training.state import Metrics, adam, init, make_train_step
+from ddpm.training.objectives import simple
+from ddpm.training.optimizer import adam
+from ddpm.training.state import Metrics, init
+from ddpm.training.step import make_train_step
 
 mesh = sharding.data_mesh()
 everywhere = sharding.replicated(mesh)
@@ -27,7 +30,7 @@ model = UNet(channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_r
 schedule, optimizer = schedules.linear(100), adam(1e-3, grad_clip=1.0)
 state = jax.jit(lambda: init(model, optimizer, (8, 8, 1), 0), out_shardings=everywhere)()
 metrics = jax.jit(Metrics.zero, out_shardings=everywhere)()
-step = jax.jit(make_train_step(model, schedule, optimizer, ema_decay=0.9, seed=0),
+step = jax.jit(make_train_step(model, simple(schedule), optimizer, ema_decay=0.9, seed=0),
                in_shardings=(everywhere, everywhere, sharding.split_batch(mesh)),
                out_shardings=everywhere, donate_argnums=(0, 1))
 losses = []
@@ -83,8 +86,8 @@ OBJECTIVES = {
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_devices_train_any_objective_as_one_does(name, tmp_path, monkeypatch):
     losses = []
-    for devices in (1, 2):
-        monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(devices))
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")  # for processes that start from here on
+    for devices, run_main in ((1, runs.run), (2, runs.process)):
         workdir = tmp_path / str(devices)
         small = {"model__num_res_blocks": 1, "training__log_every": 1}
         done = run_main(command(workdir, **OBJECTIVES[name], **small))

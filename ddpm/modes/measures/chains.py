@@ -2,13 +2,12 @@
 
 import numpy as np
 
-from ddpm import reverse_process
 from ddpm.evaluation import report
 from ddpm.modes.measures.job import Job, Measured
 
 
 def pictures_of_chains(job: Job) -> Measured:
-    """Progressive generation, and samples that share a latent: the paper's Figures 6 and 7."""
+    """Draws progressive generation and samples that share a latent (Figures 6 and 7)."""
     run = job.run
     seed = run.built.config.evaluation.seeds[0]
     generator = run.generator(run.built.config.sampling.batch_size)
@@ -18,7 +17,7 @@ def pictures_of_chains(job: Job) -> Measured:
     fragments = [
         report.images(rows, "x_0 as predicted along the chain, from t = T to 1.", columns=columns)
     ]
-    if not reverse_process.draws_noise(run.built.config):
+    if not run.built.sampler.draws_noise:
         words = "Samples that share an x_t are one: the steps of this sampler draw nothing."
         fragments.append(report.text(words))
         return Measured("Chains", {"shared_at": []}, [], fragments)

@@ -1,4 +1,4 @@
-"""Samples beside data, by features: distances with their floor, and the nearest training images."""
+"""Samples against data, by features: distances and their floor, nearest training images."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +26,8 @@ NAMES = {
 
 
 def distances_to_data(job: Job) -> Measured:
-    """Of samples to training data, beside the floor: held-out data to training data."""
+    """Measures samples against training data, next to the floor: held-out data against training
+    data."""
     assert job.extractor is not None
     e = job.run.built.config.evaluation
     train = job.features("train")
@@ -39,7 +40,7 @@ def distances_to_data(job: Job) -> Measured:
     held_out = None if job.held_out is None else job.features("held out")
     floor = comparison.floor(train, held_out, e.num_samples)
     seeds = "given samples" if e.samples else f"seeds {', '.join(map(str, e.seeds))}"
-    n = f"{e.num_samples:,} samples beside {len(train.vectors):,} training images"
+    n = f"{e.num_samples:,} samples against {len(train.vectors):,} training images"
     rows = []
     for name, value in spread.items():
         std = f" ± {number(value['std'])}" if value["std"] is not None else ""
@@ -79,7 +80,7 @@ def _histogram(classes: tuple[str, ...], shares: dict[str, list[float]]) -> str:
 
 
 def neighbours(job: Job) -> Measured:
-    """For some samples the nearest training images: are they copies?"""
+    """Finds the nearest training images of some samples: are they copies?"""
     assert job.extractor is not None
     e = job.run.built.config.evaluation
     samples = job.samples(e.seeds[0])[:NEIGHBOURS]
@@ -120,5 +121,5 @@ def _blocks(x: np.ndarray, e: Any) -> Iterator[np.ndarray]:
 
 
 def _flat(images: np.ndarray) -> np.ndarray:
-    """On [0, 255]."""
+    """Flattens images to [n, d] on [0, 255]."""
     return images.reshape(len(images), -1).astype(np.float64)

@@ -1,4 +1,4 @@
-"""What an evaluation is of, checked before anything is computed."""
+"""The subject of an evaluation, checked before anything is computed."""
 
 import functools
 from collections.abc import Callable, Collection, Iterator
@@ -11,21 +11,23 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from ddpm.build.sampler import check_flow
 from ddpm.data import sources
+from ddpm.data.images import check_image_shape
 from ddpm.data.pipeline import evaluation_batches
 from ddpm.data.sources import Source
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.evaluation import features
-from ddpm.evaluation.classifier import SHIPPED
-from ddpm.interop.inception import WHERE
+from ddpm.evaluation.inception_weights import WHERE
+from ddpm.evaluation.shipped import SHIPPED
+from ddpm.files import pictures
 from ddpm.modes.loading import Run, draw
-from ddpm.sampling import pictures
 from ddpm.training import sharding
 
 
 class Measured(NamedTuple):
-    """What a part found: for evaluation.json, for the tables, for the page."""
+    """The results of a part: for evaluation.json, for the tables, for the page."""
 
     title: str
     figures: dict[str, Any]
@@ -34,7 +36,7 @@ class Measured(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What is evaluated: the run, its training data, and the data held out, if any."""
+    """The subject of an evaluation: the run, its training data, and the data held out, if any."""
 
     run: Run
     workdir: Path
@@ -45,12 +47,12 @@ class Job(NamedTuple):
 
     @property
     def splits(self) -> dict[str, Source]:
-        """By name, the held-out one first."""
+        """The splits by name, the held-out one first."""
         found = {} if self.held_out is None else {"held out": self.held_out}
         return found | {"train": self.train}
 
     def features(self, split: str) -> features.Features:
-        """Of all images of a split."""
+        """Returns the features of all images of a split."""
         assert self.extractor is not None
         config, held_out = self.run.built.config, split == "held out"
         return features_of_data(config, self.extractor, self.splits[split], held_out=held_out)
@@ -59,7 +61,7 @@ class Job(NamedTuple):
 def prepare(
     run: Run, workdir: Path, train: Source, held_out: Source | None, parts: list[str]
 ) -> Job:
-    """The job; whatever can be wrong with it is, before anything is computed."""
+    """Returns the job, after checking whatever can be wrong with it."""
     e = run.built.config.evaluation
     check_parts(run.built.config, run.built.schedule, parts)
     extractor, given = None, None
@@ -67,11 +69,12 @@ def prepare(
         extractor = make_extractor(run.built.config, run.built.image_shape, run.mesh)
         if e.samples:
             given = sources.npz(e.samples)
-            if given.image_shape != run.built.image_shape:
-                raise InputError(
-                    f"{e.samples}: images of {given.image_shape}, the data's are "
-                    f"{run.built.image_shape} (height, width, channels)"
-                )
+            check_image_shape(
+                given.image_shape,
+                run.built.image_shape,
+                "the data's images are",
+                f"those of {e.samples} are",
+            )
             if len(given) < e.num_samples:
                 raise InputError(
                     f"{e.samples}: {len(given)} images, config.evaluation.num_samples asks for "
@@ -88,7 +91,7 @@ def prepare(
 
 
 def check_parts(config: ConfigDict, schedule: NoiseSchedule, parts: Collection[str]) -> None:
-    """InputError, with the reason, for parts of the evaluation that the model does not have."""
+    """Raises InputError, with the reason, for parts that the model cannot have."""
     if "distances" in parts or "neighbours" in parts:
         _features(config)
     never = config.model.num_classes and config.training.label_dropout == 0
@@ -98,22 +101,14 @@ def check_parts(config: ConfigDict, schedule: NoiseSchedule, parts: Collection[s
             "learned (config.training.label_dropout = 0): leave 'bound' and 'flow' out of "
             "config.evaluation.parts"
         )
-    if "flow" in parts and config.diffusion.prediction == "posterior_mean":
-        raise InputError(
-            "config.diffusion.prediction = 'posterior_mean' is of whole times, and the flow's are "
-            "not: leave 'flow' out of config.evaluation.parts"
-        )
-    if "flow" in parts and schedule.ends_without_signal():
-        raise InputError(
-            "the schedule leaves no signal at t = T, so its flow has no end in log-SNR: leave "
-            "'flow' out of config.evaluation.parts"
-        )
+    if "flow" in parts:
+        check_flow(config, schedule)
 
 
 def make_extractor(
     config: ConfigDict, image_shape: tuple[int, int, int], mesh: Mesh
 ) -> features.Extractor:
-    """Of the features that the config asks for."""
+    """Returns the extractor of the features that the config asks for."""
     e, name = config.evaluation, _features(config)
     if name == "inception":
         network = features.of_inception(e.inception_path, e.inception_resize)
@@ -123,7 +118,8 @@ def make_extractor(
 
 
 def _features(config: ConfigDict) -> str:
-    """Their name: by the data those of a classifier, or Inception. InputError without its file."""
+    """Returns the features' name: a classifier's by the data, or Inception. InputError without its
+    file."""
     e, data = config.evaluation, config.data
     name = e.features or (data.name if data.name in SHIPPED else "inception")
     if name == "inception" and not e.inception_path:
@@ -136,7 +132,8 @@ def _features(config: ConfigDict) -> str:
 
 
 def _drawn(run: Run, folder: Path, num_samples: int, seed: int) -> np.ndarray:
-    """The samples of a seed, from their file if that was written before, of the same weights."""
+    """Returns the samples of a seed, from their file if that was written before, of the same
+    weights."""
     s, name = run.built.config.sampling, run.sample_name(seed, num_samples)
     if s.variance == "analytic":
         name += f"_analytic{s.analytic_images}_{run.fingerprint('data')}"
@@ -158,11 +155,12 @@ def _drawn(run: Run, folder: Path, num_samples: int, seed: int) -> np.ndarray:
 def batches(
     job: Job, source: Source, most: int, name: str
 ) -> Iterator[tuple[jax.Array, np.ndarray, np.ndarray]]:
-    """(images, their numbers, mask) over the devices, of the first `most` (0: all), with a bar."""
+    """Yields (images, their numbers, mask) over the devices, of the first `most` (0: all), with a
+    bar."""
     most = min(most, len(source)) if most else len(source)
-    devices, size = job.run.mesh.devices.size, job.run.built.config.evaluation.batch_size
+    size = job.run.built.config.evaluation.batch_size
     size = -(-most // -(-most // size))  # equal batches: what fills up the last one is computed too
-    size = -(-size // devices) * devices
+    size = sharding.rounded_up(size, job.run.mesh)
     with tqdm(total=most, desc=name, unit="image", leave=False, disable=None) as bar:
         for k, batch in enumerate(evaluation_batches(source, size)):
             indices = np.arange(k * size, (k + 1) * size)
@@ -176,7 +174,7 @@ def batches(
 def features_of_data(
     config: ConfigDict, extractor: features.Extractor, source: Source, *, held_out: bool
 ) -> features.Features:
-    """Of a whole split, from the cache where they were computed before."""
+    """Returns the features of a whole split, from the cache if they were computed before."""
     about = {k: str(config.data[k]) for k in ("name", "path", "split", "image_size", "channels")}
     if held_out:
         about |= {"held_out": config.evaluation.split, "held_out_path": config.evaluation.path}

@@ -7,22 +7,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm.data.pipeline import to_float
 from ddpm.diffusion import flow
-from ddpm.diffusion.keys import sample_keys
 from ddpm.diffusion.likelihood import bits_per_dim, sampled_bits_per_dim
+from ddpm.diffusion.pixels import to_float
+from ddpm.diffusion.streams import sample_keys
 from ddpm.evaluation import bound as bounds
 from ddpm.evaluation import distances, report
 from ddpm.evaluation.report import number
 from ddpm.modes.measures.job import Job, Measured, batches
-from ddpm.objectives import variance_name
 
 LEAST_PROBABILITY = 1e-12
 DEQUANTISED = "uniform dequantisation"  # a way of the flow, in evaluation.json
 
 
 def bound(job: Job) -> Measured:
-    """The variational bound on every split, its curve over t, and rate against distortion."""
+    """Measures the variational bound on every split, its curve over t, and rate-distortion."""
     config, schedule = job.run.built.config, job.run.built.schedule
     e, last = config.evaluation, job.run.built.schedule.num_steps
     every = e.bound_times == 0 or e.bound_times >= last - 1
@@ -45,7 +44,9 @@ def bound(job: Job) -> Measured:
     figures, rows, fragments = {}, [], []
     how = "all T terms" if every else f"{e.bound_times} of T terms for each image"
     clip = "x_0 clipped" if config.sampling.clip else "not clipped"
-    about = f"{how}; {variance_name(config)}, {clip}, decoder at least {LEAST_PROBABILITY:g}"
+    about = (
+        f"{how}; {job.run.built.variance.__name__}, {clip}, decoder at least {LEAST_PROBABILITY:g}"
+    )
     about += _given(config)
     for name, source in job.splits.items():
         parts = batches(job, source, e.bound_images, f"bound, {name}")
@@ -104,7 +105,7 @@ def _curves(name: str, found: bounds.BoundSummary) -> list[str]:
 
 
 def flow_likelihood(job: Job) -> Measured:
-    """Bits/dim of held-out data, or where there are none of training data, by the
+    """Measures bits/dim of held-out data, or where there are none of training data, by the
     probability-flow ODE, the network not clipped."""
     split, source = next(iter(job.splits.items()))
     built = job.run.built
@@ -159,11 +160,11 @@ def flow_likelihood(job: Job) -> Measured:
 
 
 def _given(config: ConfigDict) -> str:
-    """What the model is told of an image, or not."""
+    """Returns what the model is given of an image, or not."""
     parts = [
         (config.model.num_classes, "without label"),
         (config.model.low_resolution, "given its low resolution"),
-        (config.training.self_conditioning, "its own guess by a second call"),
+        (config.training.self_conditioning, "its own estimate by a second call"),
     ]
     return "".join(f"; {words}" for holds, words in parts if holds)
 

@@ -1,0 +1,62 @@
+"""Every check of a config that needs no data: those of a run at start, and of a sweep's rows."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ddpm.build.data import BROKEN_IMAGES
+from ddpm.build.network import DTYPES, NETWORKS, NOISE_INPUTS, TIME_FEATURES, UP_DOWN
+from ddpm.build.objective import EMAS, LOSSES, PREDICTIONS, TIMES, WEIGHTS, check_objective
+from ddpm.build.sampler import GRIDS, SAMPLERS, check_sampling
+from ddpm.build.schedule import SCHEDULES, noise_schedule
+from ddpm.build.variance import SAMPLING_VARIANCES, VARIANCES
+from ddpm.config import TASKS
+from ddpm.config.combinations import check_keys, check_steering
+from ddpm.config.rules import check_values
+from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.evaluation.inception import RESIZES
+from ddpm.evaluation.shipped import SHIPPED
+
+# The names that a key may have: the keys of the registry that makes something of them.
+CHOICES: dict[str, Collection[str]] = {
+    "data.broken_images": BROKEN_IMAGES,
+    "model.name": NETWORKS,
+    "model.up_down": UP_DOWN,
+    "model.time_features": TIME_FEATURES,
+    "model.dtype": DTYPES,
+    "model.noise_input": NOISE_INPUTS,
+    "diffusion.schedule": SCHEDULES,
+    "diffusion.prediction": PREDICTIONS,
+    "diffusion.variance": VARIANCES,
+    "training.loss": LOSSES,
+    "training.loss_weight": WEIGHTS,
+    "training.times": TIMES,
+    "training.ema": EMAS,
+    "sampling.sampler": SAMPLERS,
+    "sampling.variance": SAMPLING_VARIANCES,
+    "sampling.grid": GRIDS,
+    "editing.task": TASKS,
+    "evaluation.features": ("", *SHIPPED, "inception"),
+    "evaluation.inception_resize": RESIZES,
+}
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Raises InputError at the first key or value that is not allowed, or keys that do not go
+    together."""
+    check_values(config, CHOICES)
+    check_keys(config)
+    check_objective(ConfigDict(config))
+
+
+def check(config: ConfigDict, schedule: NoiseSchedule | None = None) -> None:
+    """Raises InputError, with the reason, for a config that no run can have, whatever its data.
+
+    `schedule` is the config's own if left out, not shifted to the images' size.
+    """
+    validate(config)
+    check_steering(config)
+    schedule = noise_schedule(config) if schedule is None else schedule
+    check_objective(config, schedule)
+    check_sampling(config, schedule)

@@ -1,0 +1,82 @@
+"""Config -> data."""
+
+from ml_collections import ConfigDict
+
+from ddpm.data import sources
+from ddpm.data.folders import folder
+from ddpm.data.sources import Source
+from ddpm.data.tfds_sets import tfds
+from ddpm.errors import InputError
+
+BROKEN_IMAGES = ("error", "skip")
+
+
+def _folder(config: ConfigDict) -> Source:
+    d = config.data
+    if not d.image_size:
+        raise InputError("config.data.image_size = (): a folder needs (height, width)")
+    if d.split:
+        raise InputError(
+            f"config.data.split = {d.split!r}: a folder has no splits; name the folder of the "
+            "split with config.data.path"
+        )
+    return folder(d.path, tuple(d.image_size), channels=d.channels, broken=d.broken_images)
+
+
+def _tfds(config: ConfigDict) -> Source:
+    d = config.data
+    size = tuple(d.image_size) or None
+    return tfds(d.name, d.split or "train", data_dir=d.path or None, image_size=size)
+
+
+# Sets with a name of their own; any other is one of tfds. make(config) -> Source
+SOURCES = {
+    "digits": lambda config: sources.digits(config.data.split or "train"),
+    "npz": lambda config: sources.npz(config.data.path, config.data.split),
+    "folder": _folder,
+}
+
+
+def source(config: ConfigDict) -> Source:
+    """Returns the training data by name: 'digits', 'folder', 'npz', or any image set of tfds."""
+    d = config.data
+    if d.name in ("folder", "npz") and not d.path:
+        raise InputError(
+            f"config.data.path is empty: name the {d.name} with --config.data.path=..."
+        )
+    found = SOURCES.get(d.name, _tfds)(config)
+    size = tuple(d.image_size)
+    if size and size != found.image_shape[:2]:
+        raise InputError(
+            f"config.data.image_size = {size}: those of {d.name} are {found.image_shape[:2]}, and "
+            "only folders and tfds' sets are resized"
+        )
+    return found
+
+
+def held_out(config: ConfigDict) -> Source | None:
+    """Returns the data that are not trained on, by evaluation.split and .path; None for neither."""
+    split, path = config.evaluation.split, config.evaluation.path
+    if not split and not path:
+        return None
+    other = config.copy_and_resolve_references()
+    other.data.split = split
+    if path:
+        other.data.path = path
+    try:
+        return source(other)
+    except InputError as error:
+        raise InputError(
+            f"{error} (of the held-out data: config.evaluation.split = {split!r}, .path = {path!r})"
+        ) from error
+
+
+def check_labels(config: ConfigDict, source: Source) -> None:
+    """Raises InputError for a model with labels where the data have none, or other classes."""
+    wanted, there = config.model.num_classes, source.num_classes
+    if wanted and wanted != there:
+        has = "no labels" if there is None else f"{there} classes"
+        raise InputError(
+            f"config.model.num_classes = {wanted}: the data set {config.data.name!r} has {has}; "
+            f"set it to {there or 0}" + (", or to 0 to learn without labels" if there else "")
+        )

@@ -1,0 +1,110 @@
+"""Config -> network."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ddpm.build import conditioning
+from ddpm.build.parts import PRECONDITIONED, SEES_LOG_SNR, Part
+from ddpm.build.variance import learns_variance
+from ddpm.diffusion.predictions import conditioned_on_log_snr
+from ddpm.errors import InputError, first_line
+from ddpm.models.dit import DiT
+from ddpm.models.unet import UNet
+
+# make(schedule, network) -> the network of (x_t, t)
+NOISE_INPUTS: dict[str, Part] = {
+    "t": Part(lambda schedule, network: network),
+    "log_snr": Part(
+        conditioned_on_log_snr,
+        facts={SEES_LOG_SNR},
+        excludes={PRECONDITIONED: "EDM's preconditioning has its own input for it: take 't'"},
+    ),
+}
+DTYPES = ("float32", "bfloat16")
+UP_DOWN = {"conv": False, "resblock": True}  # whether blocks resample within
+TIME_FEATURES = {"sinusoids": False, "fourier": True}  # whether frequencies are random
+
+
+def unet(config: ConfigDict, image_shape: tuple[int, int, int]) -> UNet:
+    """Builds the UNet from config.model."""
+    m = config.model
+    return UNet(
+        channels=m.channels,
+        channel_multipliers=tuple(m.channel_multipliers),
+        num_res_blocks=m.num_res_blocks,
+        attention_resolutions=tuple(m.attention_resolutions),
+        dropout=m.dropout,
+        num_groups=m.num_groups,
+        norm_epsilon=m.norm_epsilon,
+        head_channels=m.head_channels,
+        symmetric_downsampling=m.symmetric_downsampling,
+        scale_shift=m.scale_shift,
+        skip_scale=m.skip_scale,
+        resample_in_blocks=UP_DOWN[m.up_down],
+        **_common(config, image_shape),
+    )
+
+
+def dit(config: ConfigDict, image_shape: tuple[int, int, int]) -> DiT:
+    """Builds the transformer from config.model; raises InputError for settings of the UNet."""
+    m = config.model
+    for key, without in (("scale_shift", False), ("up_down", "conv"), ("skip_scale", 1.0),
+                         ("symmetric_downsampling", False)):  # fmt: skip
+        if m[key] != without:
+            raise InputError(
+                f"config.model.{key} = {m[key]!r}: is of the UNet alone: leave it at {without!r} "
+                "with config.model.name = 'dit'"
+            )
+    return DiT(
+        patch_size=m.patch_size,
+        channels=m.channels,
+        depth=m.depth,
+        head_channels=m.head_channels,
+        dropout=m.dropout,
+        norm_epsilon=m.norm_epsilon,
+        **_common(config, image_shape),
+    )
+
+
+# make(config, image_shape) -> Flax module
+NETWORKS: dict[str, Part] = {"unet": Part(unet), "dit": Part(dit)}
+
+
+def network(config: ConfigDict, image_shape: tuple[int, int, int]) -> nn.Module:
+    """Returns the network of config.model; raises InputError, before anything is computed, if it
+    cannot be built."""
+    model = NETWORKS[config.model.name].make(config, image_shape)
+    check_model(model, image_shape)
+    return model
+
+
+def check_model(model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
+    """Returns the shapes of the parameters, without computing them; InputError for none."""
+    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    try:
+        return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
+    except ValueError as error:
+        raise InputError(f"config.model: {first_line(error)}") from error
+
+
+def _common(config: ConfigDict, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Returns the arguments that all networks take: of input and output, of time and labels."""
+    m, channels = config.model, image_shape[-1]
+    # EDM gives the network log(sigma)/4, about -1.5..1.1; all else t = 1..T, T about a thousand.
+    range_of_t = 1.0 if config.diffusion.prediction == "edm" else 1000.0
+    return {
+        "out_channels": channels * (2 if learns_variance(config) else 1),
+        "dtype": jnp.dtype(m.dtype),
+        "cosines_first": m.cosines_first,
+        "frequency_shift": m.frequency_shift,
+        "num_classes": m.num_classes,
+        "fourier_range": range_of_t if TIME_FEATURES[m.time_features] else 0.0,
+        "input_exponents": tuple(m.input_features),
+        "add_input": m.add_input,
+        **conditioning.network_inputs(config, channels),
+    }

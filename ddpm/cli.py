@@ -1,0 +1,216 @@
+"""The command line: flags, the device's set-up, and one mode. `run(argv)` can be called in process.
+
+code = run(["main.py", "--config=configs/digits.py", "--mode=sample"])
+"""
+
+import contextlib
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from absl import logging as absl_logging
+
+from ddpm import backend
+from ddpm.build.checks import validate
+from ddpm.config import nearest
+from ddpm.config.command import check_file, config_file, overrides, parse
+from ddpm.errors import InputError, NotFinite, first_line
+
+ROOT = Path(__file__).parents[1]
+COMMAND = ROOT / "main.py"
+DEFAULT_CONFIG = ROOT / "configs" / "digits.py"
+USAGE = """usage: python main.py --config=FILE.py[:VARIANT] [--mode=MODE] [--config.KEY=VALUE ..]
+
+Trains, samples and evaluates diffusion models. The same command resumes where it was stopped. All
+keys of a config, with their meaning and the paper's values: ddpm/config/keys.py.
+"""
+WRONG, STOPPED = 2, 130  # exit codes, in addition to NotFinite's
+
+# mode -> how its module, ddpm.modes.<mode>, is called with the flags, the run folder and argv. The
+# module is imported late: a wrong flag should not wait for Orbax and others.
+MODES: dict[str, Callable[[Any, Any, Path, Sequence[str]], None]] = {
+    "train": lambda mode, f, workdir, _: mode.train(f.config, workdir, f.init_from),
+    "sample": lambda mode, f, workdir, _: mode.sample(f.config, workdir, f.init_from),
+    "edit": lambda mode, f, workdir, _: mode.edit(f.config, workdir, f.input, f.init_from),
+    "compare": lambda mode, f, workdir, _: mode.compare(f.config, workdir, f.init_from),
+    "evaluate": lambda mode, f, workdir, _: mode.evaluate(f.config, workdir, f.init_from),
+    "sweep": lambda mode, f, workdir, argv: mode.sweep(
+        mode.entries(f.configs, overrides(argv)), [int(s) for s in f.seeds], workdir, COMMAND
+    ),
+    "reference": lambda mode, f, workdir, _: mode.reference(f.config, workdir),
+    "export": lambda mode, f, workdir, _: mode.export(f.config, workdir, f.out, f.init_from),
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the command argv[1:] and returns its exit code.
+
+    What the user can mend is one line on standard error, and code 2; a loss that is not finite is
+    code 3, Ctrl-C before there is something to save 130.
+    """
+    try:
+        if {"--help", "-help", "--helpfull", "-h"} & set(argv[1:]):
+            print(f"{USAGE}\n{_flags().module_help(__name__)}")
+            return 0
+        given = _read(argv)
+        with _progress_on_stderr():
+            _set_up(given.distributed)
+            mode = importlib.import_module(f"ddpm.modes.{given.mode}")
+            MODES[given.mode](mode, given, _workdir(given, argv), argv)
+    except InputError as error:
+        return fail(str(error), WRONG)
+    except NotFinite as error:
+        return fail(str(error), NotFinite.EXIT_CODE)
+    except KeyboardInterrupt:  # before the first step, while sampling, or for the second time
+        return fail("stopped", STOPPED)
+    return 0
+
+
+def fail(text: str, code: int) -> int:
+    """Prints one line on standard error and returns the exit code."""
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _flags() -> flags.FlagValues:
+    """Returns the command's flags, unparsed. They are its own: absl's global ones parse once."""
+    own = flags.FlagValues()
+    for name, value, about in (
+        ("workdir", "", "The run folder; runs/<name of the config> if empty."),
+        ("mode", "train", f"One of: {', '.join(MODES)}."),
+        (
+            "init_from",
+            "",
+            "Pretrained weights to begin from, in every mode but reference: a folder of diffusers, "
+            "a file, or the name of a repository on the hub.",
+        ),
+        ("input", "", "For --mode=edit: pictures FILE[,FILE..], a folder of them, or an .npz."),
+        ("out", "", "For --mode=export: a new folder for diffusers, or a file .safetensors."),
+        (
+            "distributed",
+            "",
+            "Several processes: 'auto' where JAX finds them (TPU pods, SLURM, Open MPI, "
+            "Kubernetes), else HOST:PORT,COUNT,INDEX, the first two the same, an INDEX for each.",
+        ),
+    ):
+        flags.DEFINE_string(name, value, about, flag_values=own)
+    about = "For --mode=sweep: config files FILE.py[,FILE.py:VARIANT..]; all variants if none."
+    flags.DEFINE_list("configs", [], about, flag_values=own)
+    flags.DEFINE_list("seeds", ["0"], "For --mode=sweep: a run with each, 0,1,2.", flag_values=own)
+    return own
+
+
+def _read(argv: Sequence[str]) -> Any:
+    """Returns the flags, checked; InputError for what is wrong in them or in the config."""
+    chosen = config_file(argv)
+    check_file("config", chosen or str(DEFAULT_CONFIG))
+    named = [] if chosen else [f"--config={DEFAULT_CONFIG}"]
+    given: Any = parse([argv[0], *named, *argv[1:]], _flags())
+    if given.mode not in MODES:
+        allowed = ", ".join(MODES)
+        raise InputError(
+            f"--mode={given.mode}: must be one of {allowed}{nearest(given.mode, MODES)}"
+        )
+    if given.out and given.mode != "export":
+        raise InputError(f"--out={given.out} goes with --mode=export alone")
+    if given.init_from and given.mode == "reference":
+        raise InputError("--init_from: --mode=reference uses no weights; leave it out")
+    if bool(given.input) != (given.mode == "edit"):
+        raise InputError(
+            f"--input={given.input} goes with --mode=edit alone"
+            if given.input
+            else "--mode=edit needs --input: pictures FILE[,FILE..], a folder, or an .npz"
+        )
+    _check_sweep(given, chosen, argv)
+    validate(given.config)
+    return given
+
+
+def _check_sweep(given: Any, chosen: str, argv: Sequence[str]) -> None:
+    """Raises InputError for flags of --mode=sweep in another mode, and for others in that."""
+    sweeps = given.mode == "sweep"
+    if bool(given.configs) != sweeps:
+        raise InputError(
+            "--mode=sweep needs --configs: files FILE.py[,FILE.py:VARIANT..]"
+            if sweeps
+            else f"--configs={','.join(given.configs)} goes with --mode=sweep alone"
+        )
+    if not sweeps:
+        if given["seeds"].present:
+            raise InputError("--seeds goes with --mode=sweep alone; elsewhere: --config.seed")
+        return
+    for name, value in (
+        ("config", chosen),
+        ("init_from", given.init_from),
+        ("distributed", given.distributed),
+    ):
+        if value:
+            raise InputError(f"--{name} does not go with --mode=sweep, which has --configs")
+    seeds = given.seeds
+    if not all(s.isdecimal() and int(s) < 2**32 for s in seeds) or len(set(seeds)) < len(seeds):
+        raise InputError(
+            f"--seeds={','.join(seeds)}: must be different whole numbers in 0..2^32 - 1"
+        )
+    if any("config.seed" in argument for argument in argv):
+        raise InputError("--config.seed does not go with --mode=sweep, which has --seeds")
+
+
+def _workdir(given: Any, argv: Sequence[str]) -> Path:
+    if given.workdir:
+        return Path(given.workdir)
+    if given.mode == "sweep":
+        return Path("runs/sweep")
+    file, _, variant = (config_file(argv) or str(DEFAULT_CONFIG)).partition(":")
+    return Path("runs") / "_".join(filter(None, (Path(file).stem, variant)))
+
+
+@contextlib.contextmanager
+def _progress_on_stderr() -> Iterator[None]:
+    """Shows what the library logs, while the command runs."""
+    logger, handler = logging.getLogger("ddpm"), logging.StreamHandler()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+
+
+def _set_up(distributed: str) -> None:
+    """Sets up JAX, signals and, with `distributed`, several processes as one."""
+    from ddpm.training.stopping import heed_ctrl_c
+
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every file
+    backend.configure()
+    heed_ctrl_c()
+    if distributed:
+        join(distributed)
+
+
+def join(where: str) -> None:
+    """Makes several processes one computation; InputError for processes that cannot be found."""
+    import jax
+
+    flag = f"--distributed={where}"
+    if where == "auto":
+        try:
+            return jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{flag}: JAX cannot find the processes here ({first_line(error)})"
+            ) from error
+    try:
+        address, count, index = where.split(",")
+        processes = int(count), int(index)
+    except ValueError as error:
+        raise InputError(f"{flag}: must be 'auto' or HOST:PORT,COUNT,INDEX") from error
+    if not 0 <= processes[1] < processes[0]:
+        raise InputError(f"{flag}: INDEX must be in 0..COUNT - 1")
+    jax.distributed.initialize(address, *processes)

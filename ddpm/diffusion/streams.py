@@ -1,0 +1,87 @@
+"""Streams of random numbers: every number that sets one use of a key apart from another.
+
+Nothing random is carried from step to step: each draw has the key fold_in(.., its stream), so that
+resuming needs nothing saved, and a sample or an example is the same in whatever batch, and on
+however many devices, it is drawn. Keys of examples come first, then the numbers:
+
+    of a training step     fold_in(fold_in(root, stream), step)         INIT .. COINS
+    of a chain             fold_in(key of the sample, the time), and LOW_RESOLUTION_NOISE
+    within one step of it  fold_in(key of the sample and time, k)       0, LANGEVIN + k, KNOWN
+    of a likelihood        fold_in(key of the example, ..)              the time, OFFSET; or FLOW_*
+    of a batch of data     NumPy's default_rng((seed, ..))              FLIPS
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Of a training step, and of the weights before the first.
+INIT, TIMES, NOISE, DROPOUT, LABELS, CONDITIONING, COINS = range(7)
+# Of a sample, whose other streams are the times of its chain: no chain has so many.
+LOW_RESOLUTION_NOISE = 2**31 - 1
+# Of one step of a chain, whose own draws are k = 0, 1, ..: Langevin dynamics' come after.
+LANGEVIN = 1000
+# In inpainting the step has the even numbers, 2k for k, and what is known of x_0 this one.
+KNOWN = 1
+# Of an example's likelihood, whose other streams are the times 1..T.
+OFFSET = 0
+# Of an example's likelihood by the probability flow.
+FLOW_NOISE, FLOW_PROBE = 1, 2
+# Of a batch of data. A zero at the end would be lost: NumPy pads seeds with zeros.
+FLIPS = 1
+
+
+class StepKey(NamedTuple):
+    """The key of a training step: `draw` gives each of its uses one of its own."""
+
+    root: jax.Array
+    step: jax.Array
+
+
+def draw(key: jax.Array | StepKey, stream: int) -> jax.Array:
+    """Returns the key of one stream, of a training step or of any other key."""
+    if isinstance(key, StepKey):
+        return jax.random.fold_in(jax.random.fold_in(key.root, stream), key.step)
+    return jax.random.fold_in(key, stream)
+
+
+def sample_keys(key: jax.Array, indices: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the key of each example by its number, fold_in(key, index): [n]."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices))
+
+
+def keys_per_example(key: jax.Array, n: int) -> jax.Array:
+    """Returns n keys: one key split by the examples' numbers, or n keys as they are.
+
+    Takes typed keys, or those of jax.random.PRNGKey. Raises ValueError for any other number.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    keys = sample_keys(key, np.arange(n)) if jnp.ndim(key) == 0 else key
+    if keys.shape != (n,):
+        raise ValueError(f"{keys.shape} keys for {n} examples: give one key, or one each")
+    return keys
+
+
+def normal(keys: jax.Array, stream: jax.typing.ArrayLike, shape: Sequence[int]) -> jax.Array:
+    """Draws standard normal float32[B, *shape], each example from fold_in(its key, stream).
+
+    `stream` is a scalar, or [B].
+    """
+    folded = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(stream, keys.shape))
+    return jax.vmap(lambda key: jax.random.normal(key, tuple(shape), jnp.float32))(folded)
+
+
+def noise_streams(times: np.ndarray, num_steps: int) -> np.ndarray:
+    """Returns the stream of the noise drawn into each time of a chain, int32[N + 1].
+
+    It is the time t itself, and another one at each new visit of a chain that goes up again.
+    """
+    visits = np.array([(times[:i] == times[i]).sum() for i in range(len(times))])
+    if np.issubdtype(times.dtype, np.integer):
+        return (times + (num_steps + 1) * visits).astype(np.int32)
+    # A float's bits are larger than any T.
+    return (times.view(np.int32) + visits).astype(np.int32)

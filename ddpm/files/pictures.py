@@ -1,0 +1,129 @@
+"""Samples as files: a grid, a GIF or MP4 of the chain, an .npz of any size."""
+
+import contextlib
+import math
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ddpm.errors import InputError
+from ddpm.files.atomic import write_atomically
+
+
+def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 1) -> np.ndarray:
+    """Tiles uint8[n, H, W, C], near square unless `columns` is given: uint8[h, w, C]."""
+    n, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows, height + gap, columns, width + gap, channels), 255, np.uint8)
+    cells = np.full((rows * columns, height, width, channels), 255, np.uint8)
+    cells[:n] = images
+    sheet[:, :height, :, :width] = cells.reshape(rows, columns, height, width, channels).swapaxes(
+        1, 2
+    )
+    whole = sheet.reshape(rows * (height + gap), columns * (width + gap), channels)
+    return whole[: -gap or None, : -gap or None]
+
+
+def to_picture(image: np.ndarray, *, least_side: int = 0) -> Image.Image:
+    """Returns uint8[H, W, 1 or 3] as a Pillow image, enlarged by a whole factor to a side of
+    least_side."""
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    factor = max(1, math.ceil(least_side / max(picture.size)))
+    return picture.resize(
+        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+    )
+
+
+def save_grid(path: Path, images: np.ndarray, *, columns: int | None = None) -> None:
+    """Writes a PNG of at least 400 pixels; small images are enlarged without blurring."""
+    picture = to_picture(grid(images, columns=columns), least_side=400)
+    write_atomically(path, lambda p: picture.save(p, format="PNG"))
+
+
+def save_gif(path: Path, frames: np.ndarray, *, milliseconds: int = 60) -> None:
+    """Writes uint8[frames, n, H, W, C] as a looping GIF of grids that rests on the last one."""
+    pictures = [to_picture(grid(images), least_side=400) for images in frames]
+    durations = [milliseconds] * (len(pictures) - 1) + [2000]
+    write_atomically(
+        path,
+        lambda p: pictures[0].save(
+            p, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0
+        ),
+    )
+
+
+def save_mp4(path: Path, frames: np.ndarray, *, milliseconds: int = 60) -> None:
+    """Writes the same as an MP4 (H.264) that plays once; white fills up to even sides.
+
+    Raises InputError where the package imageio-ffmpeg is missing, ValueError for other arrays.
+    """
+    write_frames = mp4_writer()
+    if frames.dtype != np.uint8 or frames.ndim != 5 or not frames.size:
+        raise ValueError(f"frames of {frames.dtype}{list(frames.shape)}: uint8[frames, n, H, W, C]")
+    first = to_picture(grid(frames[0]), least_side=400)
+    size = first.width + first.width % 2, first.height + first.height % 2
+    rests = [len(frames) - 1] * round(2000 / milliseconds)
+
+    def write(temporary: Path) -> None:
+        video = write_frames(
+            str(temporary),
+            size,
+            fps=1000 / milliseconds,
+            codec="libx264",
+            quality=8,
+            macro_block_size=1,
+            ffmpeg_log_level="error",
+            output_params=["-f", "mp4"],  # which the name of a half file does not tell
+        )
+        with contextlib.closing(video):
+            video.send(None)
+            for i in [*range(len(frames)), *rests]:
+                whole = Image.new("RGB", size, "white")
+                whole.paste(to_picture(grid(frames[i]), least_side=400))
+                video.send(whole.tobytes())
+
+    write_atomically(path, write)
+
+
+def mp4_writer() -> Any:
+    """Returns imageio-ffmpeg's function to write videos; InputError without that package."""
+    try:
+        from imageio_ffmpeg import write_frames
+    except ImportError as error:
+        raise InputError(
+            "MP4 needs the package imageio-ffmpeg: pip install imageio-ffmpeg"
+        ) from error
+    return write_frames
+
+
+def save_npz(path: Path, batches: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:
+    """Batches as one array `images`, uint8 of `shape` in all, written as they come.
+
+    Raises ValueError, and leaves the file of before, if the batches are not that array.
+    """
+
+    def write(temporary: Path) -> None:
+        written = 0
+        with (
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+            archive.open("images.npy", "w", force_zip64=True) as file,
+        ):
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in batches:
+                if batch.dtype != np.uint8 or batch.shape[1:] != shape[1:]:
+                    raise ValueError(
+                        f"images of shape {batch.shape[1:]} in {batch.dtype} came for an array of "
+                        f"shape {shape} in uint8"
+                    )
+                file.write(batch.tobytes())
+                written += len(batch)
+        if written != shape[0]:
+            raise ValueError(f"{written} images came for an array of {shape}")
+
+    write_atomically(path, write)

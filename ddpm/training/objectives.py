@@ -1,0 +1,211 @@
+"""Objectives: the loss of a network on data, all that it draws included.
+
+    found = objective.loss(network, x_0, key)       found.mean(), found.losses [B]
+
+A Gaussian diffusion's is a `GaussianObjective`: how t is drawn, what the network's output means,
+and a loss of `diffusion.losses`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from ddpm.diffusion import continuous, losses, streams, timesteps
+from ddpm.diffusion.continuous import Levels, MonotoneLogSNR
+from ddpm.diffusion.network_inputs import self_conditioned_by
+from ddpm.diffusion.predictions import Denoiser, Network, denoiser
+from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.streams import StepKey
+
+LEARNED_SCHEDULE = "log_snr"  # the key of its parameters, next to the network's, in one tree
+
+# (history, key, batch_size) -> t [B], and the losses' factors in their mean, or None
+Draw = Callable[[Any, jax.Array, int], tuple[jax.Array, jax.Array | None]]
+Loss = Callable[[Denoiser, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Losses(NamedTuple):
+    """The losses of a batch [B], their times [B], and their factors [B] in the mean, or None."""
+
+    losses: jax.Array
+    t: jax.Array
+    factor: jax.Array | None = None
+
+    def mean(self) -> jax.Array:
+        """Returns the scalar that training descends."""
+        return (self.losses if self.factor is None else self.factor * self.losses).mean()
+
+
+class Objective(Protocol):
+    """The interface that `make_train_step` trains: a Gaussian diffusion's, or another process's.
+
+    history: what draws go by at first, carried in the training's state; () for nothing.
+    num_steps: T, by which the metrics part the times of losses.
+    denoiser: network -> the denoiser that samplers and bounds take.
+    """
+
+    @property
+    def history(self) -> Any: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def denoiser(self) -> Callable[[Any], Any]: ...
+
+    def loss(
+        self, network: Any, x_0: jax.Array, key: jax.Array | StepKey, history: Any = ()
+    ) -> Losses:
+        """Returns the losses at what the objective itself draws from the key."""
+        ...
+
+    def gradient(
+        self, network: Any, params: Any, x_0: jax.Array, key: jax.Array | StepKey, history: Any
+    ) -> tuple[jax.Array, Losses, Any]:
+        """Returns the loss, its parts, and its gradient; network(params) is a network."""
+        ...
+
+    def record(self, history: Any, found: Losses) -> Any:
+        """Returns the history after these losses."""
+        ...
+
+    def schedule_parameters(self) -> dict[str, Any]:
+        """Returns what training adds to the network's parameters, or {}."""
+        ...
+
+
+class GaussianObjective(NamedTuple):
+    """The objective of a Gaussian diffusion.
+
+    denoiser(network) says what the output means. draw(history, key, batch_size) gives t [B] and
+    the factors of the losses in their mean, or None. loss_at(denoiser, x_0, t, eps) is [B].
+    history is a `timesteps.LossHistory` where `draw` goes by one.
+    With self_conditioning, network(x_t, t, estimate=..) is given its own estimate of x_0, for half
+    of the examples, which takes another call of it.
+    """
+
+    denoiser: Callable[[Network], Denoiser]
+    draw: Draw
+    loss_at: Loss
+    num_steps: int
+    history: Any = ()
+    self_conditioning: bool = False
+
+    def loss(
+        self, network: Any, x_0: jax.Array, key: jax.Array | StepKey, history: Any = ()
+    ) -> Losses:
+        """Returns the losses of x_0 [B, ...] at t and eps drawn from the key."""
+        t, factor = self.draw(history, streams.draw(key, streams.TIMES), len(x_0))
+        return Losses(self.losses_at(network, x_0, t, key), t, factor)
+
+    def losses_at(
+        self, network: Any, x_0: jax.Array, t: jax.Array, key: jax.Array | StepKey
+    ) -> jax.Array:
+        """Returns the losses [B] at given times, eps drawn from the key."""
+        eps = jax.random.normal(streams.draw(key, streams.NOISE), x_0.shape)
+        if not self.self_conditioning:
+            return self.loss_at(self.denoiser(network), x_0, t, eps)
+
+        def from_estimate(estimate: jax.Array | None) -> Denoiser:
+            return self.denoiser(functools.partial(network, estimate=estimate))
+
+        coins = jax.random.bernoulli(streams.draw(key, streams.COINS), 0.5, (len(x_0),))
+        return self.loss_at(self_conditioned_by(from_estimate, coins), x_0, t, eps)
+
+    def gradient(
+        self,
+        network: Callable[[Any], Network],
+        params: Any,
+        x_0: jax.Array,
+        key: jax.Array | StepKey,
+        history: Any = (),
+    ) -> tuple[jax.Array, Losses, Any]:
+        """Returns the mean loss, its parts, and the gradient by the parameters."""
+
+        def mean(params: Any) -> tuple[jax.Array, Losses]:
+            found = self.loss(network(params), x_0, key, history)
+            return found.mean(), found
+
+        (loss, found), grads = jax.value_and_grad(mean, has_aux=True)(params)
+        return loss, found, grads
+
+    def record(self, history: Any, found: Losses) -> Any:
+        """Returns the history after these losses."""
+        if isinstance(history, timesteps.LossHistory):
+            return timesteps.record(history, found.t, found.losses)
+        return history
+
+    def schedule_parameters(self) -> dict[str, Any]:
+        """Returns {}: the schedule is fixed."""
+        return {}
+
+
+class LearnedScheduleObjective(NamedTuple):
+    """The objective of a network and its schedule (Kingma et al. 2021).
+
+    at(levels) is the objective at the levels of a batch, `draw` draws t in 0..1, and `begin` is
+    where the schedule begins. A time of 1 is `num_steps` in the metrics.
+    """
+
+    at: Callable[[Levels], GaussianObjective]
+    denoiser: Callable[[Network], Denoiser]
+    draw: Draw
+    num_steps: int
+    begin: MonotoneLogSNR
+    history: Any = ()
+
+    def loss(
+        self, network: Network, x_0: jax.Array, key: jax.Array | StepKey, history: Any = ()
+    ) -> Losses:
+        """Returns the losses by the schedule as it begins, without the end points' terms."""
+        t, _ = self.draw(history, streams.draw(key, streams.TIMES), len(x_0))
+        schedule = continuous.learned(self.begin)
+        levels = Levels(schedule.log_snr(t), schedule.slope(t))
+        return Losses(self.at(levels).losses_at(network, x_0, t, key), t * self.num_steps)
+
+    def gradient(
+        self,
+        network: Callable[[Any], Network],
+        params: Any,
+        x_0: jax.Array,
+        key: jax.Array | StepKey,
+        history: Any = (),
+    ) -> tuple[jax.Array, Losses, Any]:
+        """Returns the bound, its steps' losses, and the gradient by network and schedule.
+
+        The end points descend the whole bound, the shape between them the variance of the losses.
+        """
+        parameters = MonotoneLogSNR(**params[LEARNED_SCHEDULE])
+        t, _ = self.draw(history, streams.draw(key, streams.TIMES), len(x_0))
+
+        def at_levels(params: Any, log_snr: jax.Array, slope: jax.Array) -> jax.Array:
+            return self.at(Levels(log_snr, slope)).losses_at(network(params), x_0, t, key)
+
+        def ends(parameters: MonotoneLogSNR) -> jax.Array:
+            eps = jax.random.normal(streams.draw(key, streams.NOISE), x_0.shape)
+            return losses.ends_of_bound(continuous.learned(parameters), x_0, eps).mean()
+
+        found = continuous.learned_gradients(at_levels, params, parameters, t)
+        of_ends, gradient = jax.value_and_grad(ends)(parameters)
+        schedule = jax.tree.map(jax.numpy.add, found.schedule, gradient)
+        grads = found.network | {LEARNED_SCHEDULE: schedule._asdict()}
+        parts = Losses(found.losses, t * self.num_steps)
+        return found.losses.mean() + of_ends, parts, grads
+
+    def record(self, history: Any, found: Losses) -> Any:
+        """Returns the history as it is: none is kept."""
+        return history
+
+    def schedule_parameters(self) -> dict[str, Any]:
+        """Returns the schedule's parameters as they begin, at their place."""
+        return {LEARNED_SCHEDULE: self.begin._asdict()}
+
+
+def simple(schedule: NoiseSchedule) -> GaussianObjective:
+    """Returns Algorithm 1: L_simple of a network that predicts eps, at uniform t."""
+    return GaussianObjective(
+        denoiser=lambda network: denoiser(schedule, network),
+        draw=lambda history, key, n: (timesteps.uniform(schedule, key, n), None),
+        loss_at=functools.partial(losses.simple, schedule),
+        num_steps=schedule.num_steps,
+    )

@@ -1,0 +1,213 @@
+"""A wrong key or value stops at start, in one line, with what is allowed."""
+
+import re
+
+import numpy as np
+import pytest
+
+from ddpm.build import experiment
+from ddpm.build.checks import validate
+from ddpm.build.data import check_labels
+from ddpm.build.schedule import SCHEDULES, noise_schedule
+from ddpm.config import default, flatten, to_json
+from ddpm.config.same_run import check_same_run
+from ddpm.data.sources import ArraySource
+from ddpm.errors import InputError
+from ddpm.modes.loading import steering_name
+
+
+def changed(**values):
+    config = default().to_dict()
+    for key, value in values.items():
+        *path, last = key.split("__")
+        node = config
+        for name in path:
+            node = node[name]
+        node[last] = value
+    return config
+
+
+def test_defaults_are_valid_and_survive_json():
+    validate(default())
+    validate(to_json(default()))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model__chanels": 8}, r"config.model.chanels: there is no such key.*'model.channels'"),
+        ({"training__batch_size": "64"}, r"training.batch_size = '64': must be of type int"),
+        ({"training__batch_size": True}, r"must be of type int"),
+        ({"training__batch_size": 0}, r"must be a whole number >= 1"),
+        ({"training__learning_rate": -1.0}, r"must be a number > 0"),
+        ({"training__ema_decay": 1.0}, r"must be in \[0, 1\)"),
+        ({"model__dropout": 1.5}, r"must be in \[0, 1\)"),
+        ({"model__channel_multipliers": ()}, r"must be a tuple of whole numbers > 0"),
+        ({"model__attention_resolutions": (16.5,)}, r"must be a tuple of whole numbers > 0"),
+        ({"diffusion__schedule": "liner"}, r"one of linear, .*did you mean 'linear'"),
+        ({"diffusion__beta_end": 1.0}, r"beta_end = 1.0: must be in \(0, 1\)"),
+        ({"diffusion__schedule": "betas"}, r"betas goes with schedule 'betas'"),
+        ({"diffusion__betas": (0.1,)}, r"betas goes with schedule 'betas'"),
+        ({"sampling__sampler": "dim"}, r"did you mean 'ddim'"),
+        ({"sampling__steps": 1001}, r"must be at most T = 1000"),
+        ({"sampling__eta": 2.0}, r"must be in \[0, 1\]"),
+        ({"sampling__label": -2}, r"label = -2: must be a whole number >= -1"),
+        ({"sampling__label": 1.0}, r"must be of type int"),
+        ({"sampling__guidance_scale": float("nan")}, r"guidance_scale = nan: must be a finite"),
+        ({"sampling__guidance_interval": (1.0,)}, r"must be \(\) or \(lo, hi\) with 0 <= lo < hi"),
+        ({"sampling__guidance_interval": (2.0, 1.0)}, r"must be \(\) or \(lo, hi\)"),
+        ({"sampling__guidance_interval": ("a", "b")}, r"must be \(\) or \(lo, hi\)"),
+        ({"sampling__guidance_rescale": 1.5}, r"must be in \[0, 1\]"),
+        ({"sampling__dynamic_threshold": 99.5}, r"must be 0 or a quantile in \(0, 1\]"),
+        ({"sampling__classifier_scale": float("inf")}, r"must be a finite number"),
+        ({"model__num_classes": -1}, r"must be a whole number >= 0"),
+        ({"training__label_dropout": 1.0}, r"must be in \[0, 1\)"),
+        ({"data__image_size": (32,)}, r"must be \(\) or \(height, width\)"),
+        ({"data__broken_images": "ignore"}, r"must be one of error, skip"),
+        ({"seed": -1}, r"config.seed = -1"),
+    ],
+)
+def test_wrong_value_is_named(change, said):
+    with pytest.raises(InputError, match=said) as error:
+        validate(changed(**change))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_key_is_named():
+    config = default().to_dict()
+    del config["model"]["dropout"]
+    with pytest.raises(InputError, match=r"config.model.dropout is missing"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "shape", "said"),
+    [
+        ({}, (30, 30, 3), r"config.model: images of 30x30 cannot be halved 3 times"),
+        ({}, (32, 36, 3), r"32x36 cannot be halved"),
+        ({"model.attention_resolutions": (16, 5)}, (32, 32, 3), r"\[5\] never reached.*\[32, 16"),
+        ({"model.num_groups": 24}, (32, 32, 3), r"128 channels do not divide into num_groups = 24"),
+        ({"diffusion.schedule": "jsd"}, (32, 32, 3), r"schedule leaves no signal at t = T"),
+        (
+            {"sampling.guidance_scale": 2.0},
+            (32, 32, 3),
+            r"guidance_scale = 2.0: the model has no la",
+        ),
+        ({"sampling.label": 3}, (32, 32, 3), r"label = 3: the model has no labels"),
+        (
+            {"model.num_classes": 10, "sampling.label": 10},
+            (32, 32, 3),
+            r"label = 10: must be -1 or in 0\.\.9",
+        ),
+        (
+            {
+                "model.num_classes": 10,
+                "sampling.guidance_scale": 0.0,
+                "training.label_dropout": 0.0,
+            },
+            (32, 32, 3),
+            r"label_dropout = 0, so the model never learns to do without",
+        ),
+        ({"sampling.classifier_scale": 1.0}, (32, 32, 3), r"say towards which class"),
+        (
+            {"sampling.classifier_scale": 1.0, "sampling.label": 3},
+            (32, 32, 3),
+            r"classifier_scale = 1.0: no classifier 'cifar10' is shipped: there are digits",
+        ),
+        (
+            {"sampling.classifier_scale": 1.0, "sampling.label": 3, "data.name": "digits"},
+            (32, 32, 3),
+            r"classifier 'digits' is for images of \(8, 8, 1\), these are \(32, 32, 3\)",
+        ),
+        (
+            {"sampling.dynamic_threshold": 0.9, "sampling.clip": False},
+            (32, 32, 3),
+            r"dynamic_threshold = 0.9: goes with config.sampling.clip = True",
+        ),
+        (
+            {"diffusion.schedule": "betas", "diffusion.betas": (0.1, 1.5)},
+            (32, 32, 3),
+            r"beta_2 = 1.5.*must lie in \(0, 1\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_any_work(change, shape, said):
+    config = default()
+    config.update_from_flattened_dict(change)
+    with pytest.raises(InputError, match=said) as error:
+        experiment.build(config, shape)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"jsd", "betas"}))
+def test_every_schedule_has_its_name(name):
+    config = default()
+    config.diffusion.schedule = name
+    assert noise_schedule(config).num_steps == 1000
+
+
+def test_a_run_folder_of_other_settings_is_refused_but_may_train_longer():
+    config = default()
+    saved = to_json(config)
+    config.training.steps += 1000
+    config.sampling.steps = 50
+    assert check_same_run(config, saved, "runs/x") == []
+    config.training.learning_rate = 1e-4
+    changed = check_same_run(config, saved, "runs/x")
+    assert changed == ["config.training.learning_rate = 0.0001, before 0.0002"]
+    del saved["model"]["dropout"]  # of a version that did not have it
+    assert len(check_same_run(config, saved, "runs/x")) == 1
+    config.model.channels = 64
+    said = "runs/x holds a run with config.model.channels = 128, this one says 64"
+    with pytest.raises(InputError, match=re.escape(said)):
+        check_same_run(config, saved, "runs/x")
+
+
+def test_flatten():
+    assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": (3,)}) == {"a.b": 1, "a.c.d": 2, "e": (3,)}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "said"),
+    [(10, None, "'cifar10' has no labels; set it to 0"), (10, 3, "has 3 classes; set it to 3")],
+)
+def test_labels_that_the_data_do_not_have(wanted, there, said):
+    config = default()
+    config.model.num_classes = wanted
+    image = np.zeros((6, 8, 8, 1), np.uint8)
+    label = None if there is None else np.zeros(6, np.int32)
+    with pytest.raises(InputError, match=re.escape(f"num_classes = {wanted}: ")) as error:
+        check_labels(config, ArraySource(image, label, there))
+    assert said in str(error.value)
+    check_labels(config, ArraySource(image, label, wanted))
+    check_labels(default(), ArraySource(image, label, there))  # labels may go unused
+
+
+STEERED = [
+    {},
+    {"label": 3},
+    {"label": 4},
+    {"guidance_scale": 2.0},
+    {"guidance_scale": -2.0},
+    {"guidance_scale": 2.0000001},
+    {"guidance_scale": 2.0, "guidance_interval": (0.2, 3.0)},
+    {"guidance_scale": 2.0, "guidance_interval": (0.2, 30.0)},
+    {"guidance_scale": 2.0, "guidance_rescale": 0.2},
+    {"label": 3, "classifier_scale": 0.5},
+    {"dynamic_threshold": 0.995},
+    {"label": 3, "guidance_scale": 2.0, "dynamic_threshold": 0.99},
+]
+
+
+def test_names_of_samples_tell_how_they_were_steered():
+    names = []
+    for settings in STEERED:
+        config = default()
+        config.sampling.update(settings)
+        names.append(steering_name(config.sampling))
+    assert names[0] == ""
+    assert len(set(names)) == len(STEERED)
+    assert names[-1] == "_label3_guided2_threshold0.99"
+    config = default()  # of no effect without guidance
+    config.sampling.update(guidance_interval=(0.2, 3.0), guidance_rescale=0.5)
+    assert steering_name(config.sampling) == ""

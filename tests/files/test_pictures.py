@@ -1,0 +1,178 @@
+import sys
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from ddpm.errors import InputError
+from ddpm.files.pictures import grid, save_gif, save_grid, save_mp4, save_npz, to_picture
+
+
+def images(n, channels, height=2, width=3):
+    """Every pixel of its own value, where there are no more than 255."""
+    size = n * height * width * channels
+    return (np.arange(size) % 255).astype(np.uint8).reshape(n, height, width, channels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("gap", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("n", "columns", "layout"),
+    [(6, 3, (2, 3)), (5, None, (2, 3)), (4, None, (2, 2)), (1, None, (1, 1)), (2, 5, (1, 5))],
+)
+def test_grid_places_every_image_row_by_row(n, columns, layout, gap, channels):
+    x = images(n, channels)
+    sheet = grid(x, columns=columns, gap=gap)
+    rows, across = layout
+    height, width = rows * (2 + gap) - gap, across * (3 + gap) - gap
+    assert sheet.shape == (height, width, channels)
+    assert sheet.dtype == np.uint8
+    expected = np.full_like(sheet, 255)
+    for i in range(n):
+        top, left = i // across * (2 + gap), i % across * (3 + gap)
+        expected[top : top + 2, left : left + 3] = x[i]
+    assert (sheet == expected).all()
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_picture_is_enlarged_pixel_by_pixel(channels, mode):
+    x = images(1, channels)[0]
+    picture = to_picture(x, least_side=10)
+    assert picture.mode == mode
+    assert picture.size == (12, 8)
+    enlarged = np.asarray(picture).reshape(8, 12, channels)
+    assert (enlarged == x.repeat(4, 0).repeat(4, 1)).all()
+    assert (np.asarray(to_picture(x)).reshape(x.shape) == x).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_saved_grid_can_be_read_back(tmp_path, channels):
+    x = images(4, channels, 60, 70)
+    path = tmp_path / "new" / "grid.png"
+    save_grid(path, x)
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert max(picture.size) >= 400
+        pixels = np.asarray(picture).reshape(picture.height, picture.width, channels)
+    sheet = grid(x)
+    assert (pixels == sheet.repeat(3, 0).repeat(3, 1)).all()
+    assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gif_has_every_frame_and_rests_on_the_last(tmp_path, channels):
+    frames = np.stack([images(2, channels, 4, 4) + 10 * i for i in range(5)]).astype(np.uint8)
+    save_gif(tmp_path / "chain.gif", frames, milliseconds=50)
+    with Image.open(tmp_path / "chain.gif") as gif:
+        assert gif.n_frames == 5
+        assert gif.info["loop"] == 0
+        read = [
+            (f.info["duration"], np.asarray(f.convert("RGB"))) for f in ImageSequence.Iterator(gif)
+        ]
+    assert [duration for duration, _ in read] == [50, 50, 50, 50, 2000]
+    for (_, found), x in zip(read, frames, strict=True):
+        expected = np.asarray(to_picture(grid(x), least_side=400).convert("RGB"))
+        assert found.shape == expected.shape
+        # A GIF has 256 colours.
+        assert abs(found.astype(int) - expected).max() <= (0 if channels == 1 else 8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_mp4_has_every_frame_and_rests_on_the_last(tmp_path, channels):
+    # Slow ramps of grey: what a video keeps well. 401 pixels high, which is odd.
+    frames = np.empty((5, 2, 401, 60, channels), np.uint8)
+    for i in range(5):
+        frames[i] = 40 * i + np.arange(60)[:, None]
+    save_mp4(tmp_path / "chain.mp4", frames, milliseconds=100)
+    assert [p.name for p in tmp_path.iterdir()] == ["chain.mp4"]
+    reader = imageio_ffmpeg.read_frames(str(tmp_path / "chain.mp4"))
+    about = next(reader)
+    assert about["codec"] == "h264"
+    assert about["size"] == (122, 402)
+    assert about["fps"] == 10
+    read = [np.frombuffer(f, np.uint8).reshape(402, 122, 3).astype(int) for f in reader]
+    assert len(read) == 5 + 20
+    for found, x in zip(read, [*frames, *[frames[-1]] * 20], strict=True):
+        expected = np.asarray(to_picture(grid(x)).convert("RGB"), int)
+        assert abs(found[:401, :121] - expected).mean() < 4
+        assert found[401].mean() > 150  # filled up with white
+
+
+def test_mp4_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(InputError, match="pip install imageio-ffmpeg"):
+        save_mp4(tmp_path / "chain.mp4", images(2, 1)[None])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mp4_of_other_arrays_is_refused(tmp_path):
+    for frames in (images(2, 3), np.zeros((2, 1, 4, 4, 3)), np.zeros((0, 1, 4, 4, 3), np.uint8)):
+        with pytest.raises(ValueError, match="uint8"):
+            save_mp4(tmp_path / "chain.mp4", frames)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_npz_is_written_batch_by_batch(tmp_path):
+    x = images(7, 3)
+    seen = []
+
+    def batches():
+        for start in (0, 3, 6):
+            # Nothing but the partial file may be there while they come.
+            seen.append((tmp_path / "samples.npz").exists())
+            yield x[start : start + 3]
+
+    save_npz(tmp_path / "samples.npz", batches(), x.shape)
+    assert seen == [False] * 3
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file.files == ["images"]
+        assert file["images"].dtype == np.uint8
+        assert (file["images"] == x).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_npz_of_images_in_any_memory_order(tmp_path):
+    x = images(4, 3).transpose(0, 2, 1, 3)
+    save_npz(tmp_path / "samples.npz", [x], x.shape)
+    with np.load(tmp_path / "samples.npz") as file:
+        assert (file["images"] == x).all()
+
+
+@pytest.mark.parametrize("n", [5, 9])
+def test_npz_of_too_few_or_too_many_images_is_refused(tmp_path, n):
+    x = images(7, 3)
+    with pytest.raises(ValueError, match="7 images came"):
+        save_npz(tmp_path / "samples.npz", [x], (n, *x.shape[1:]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_npz_of_other_images_than_announced_is_refused(tmp_path):
+    """Else the file cannot be read, or the pixels come out in a wrong order."""
+    for shape in [(7, 3, 2, 3), (7, 2, 3, 1)]:
+        with pytest.raises(ValueError, match="shape"):
+            save_npz(tmp_path / "samples.npz", [images(7, 3)], shape)
+    with pytest.raises((ValueError, TypeError), match="uint8"):
+        save_npz(tmp_path / "samples.npz", [images(7, 3) / 255], (7, 2, 3, 3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failure_keeps_the_file_of_before_and_leaves_no_other(tmp_path):
+    path, x = tmp_path / "samples.npz", images(7, 3)
+    save_npz(path, [x], x.shape)
+
+    def batches():
+        yield x[:3]
+        raise RuntimeError("the device is gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        save_npz(path, batches(), x.shape)
+    with np.load(path) as file:
+        assert (file["images"] == x).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_failure_leaves_no_grid(tmp_path):
+    with pytest.raises((TypeError, ValueError)):
+        save_grid(tmp_path / "grid.png", images(4, 5))
+    assert list(tmp_path.iterdir()) == []
