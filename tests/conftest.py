@@ -19,6 +19,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 _FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if version("jaxlib").startswith("0.10."):  # a flag that a version does not know ends the process
     _FLAGS += " --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false"
+if version("jaxlib") == "0.10.2":  # as `ddpm.backend` sets it: so processes share the programs
+    _FLAGS += " --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
 
 # A shell starts what is in the background with Ctrl-C ignored, and so all that it starts: tests

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm.build.checks import check
+from ddpm.build.checks import check, validate
 from ddpm.build.schedule import noise_schedule
 from ddpm.build.variance import UNMEASURED
 from ddpm.config import nearest, to_json
@@ -251,9 +251,10 @@ def _config(arguments: list[str]) -> ConfigDict:
     what the data decide."""
     try:
         config: ConfigDict = parse([sys.argv[0], *arguments]).config
-        check(config)  # now, not when its turn has come, hours after the first
+        validate(config)
         if config.sampling.variance == "analytic":
             raise InputError(UNMEASURED)
+        check(config)  # now, not when its turn has come, hours after the first
         check_parts(config, noise_schedule(config), config.evaluation.parts)
     except InputError as error:
         raise InputError(f"{arguments[0]}: {error}") from error

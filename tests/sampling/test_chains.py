@@ -172,6 +172,16 @@ EXACT = {
 }
 
 
+@functools.cache
+def true_mixture(n):
+    """Draws of the mixture, and their distances from each other."""
+    rng = np.random.default_rng(24)
+    true = CENTRES[rng.choice(3, n, p=WEIGHTS)] + SPREAD**0.5 * rng.normal(size=(n, 2))
+    signs = np.repeat([1.0, -1.0], n)
+    permuted = np.stack([rng.permutation(signs) for _ in range(100)])
+    return true, cdist(true, true), signs, permuted
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_mixture_is_sampled_in_its_shares_and_shape(name):
     """By the energy distance; `log_snr` times where a number of steps is given."""
@@ -186,16 +196,14 @@ def test_mixture_is_sampled_in_its_shares_and_shape(name):
     shares = np.bincount(cdist(found, CENTRES).argmin(1), minlength=3) / n
     assert (abs(shares - WEIGHTS) < 4 * np.sqrt(WEIGHTS * (1 - WEIGHTS) / n)).all()
 
-    rng = np.random.default_rng(24)
-    true = CENTRES[rng.choice(3, n, p=WEIGHTS)] + SPREAD**0.5 * rng.normal(size=(n, 2))
-    both = np.concatenate([found, true])
-    distance = cdist(both, both)
+    true, among_true, signs, permuted = true_mixture(n)
+    across = cdist(found, true)
+    distance = np.block([[cdist(found, found), across], [across.T, among_true]])
 
     def energy(signs):
-        return -signs @ distance @ signs / n**2
+        return -((signs @ distance) * signs).sum(-1) / n**2
 
-    signs = np.repeat([1.0, -1.0], n)
-    null = [energy(rng.permutation(signs)) for _ in range(100)]
+    null = energy(permuted)
     # Beyond all of a hundred permutations by half of their range: not by chance.
     assert energy(signs) < 1.5 * max(null)
     assert abs(found.mean(0) - true.mean(0)).max() < 5 * true.std() * np.sqrt(2 / n)
@@ -205,6 +213,11 @@ def test_mixture_is_sampled_in_its_shares_and_shape(name):
 # --- Seeding
 
 DEFAULT = ancestral(fixed_large)
+
+
+def compiled(function, *args):
+    """function(*args), compiled as a whole: many times faster than its operations one by one."""
+    return jax.tree.map(np.asarray, jax.jit(function)(*args))
 
 
 @pytest.mark.parametrize("sampler", [ancestral(), ddim(0.5, steps=3)])
@@ -219,7 +232,8 @@ def test_key_is_split_by_the_samples_numbers():
     denoise = gaussian_denoiser(exact, MEAN, VARIANCE)
     together = run("linear", 7, (3, 2), DEFAULT)
     keys = sample_keys(jax.random.key(0), np.array([2, 0]))
-    assert (sample(keys, schedule, denoise, (2, 2)) == together[[2, 0]]).all()
+    found = compiled(lambda keys: sample(keys, schedule, denoise, (2, 2)), keys)
+    assert (found == together[[2, 0]]).all()
 
 
 def test_another_key_is_another_sample():
@@ -243,7 +257,7 @@ def test_more_steps_than_times_are_refused():
 def test_fixed_large_is_the_default():
     schedule, exact = pair("linear", 7)
     denoise = gaussian_denoiser(exact, MEAN, VARIANCE)
-    default = sample(jax.random.key(0), schedule, denoise, (3, 2))
+    default = compiled(lambda k: sample(k, schedule, denoise, (3, 2)), jax.random.key(0))
     assert (default == run("linear", 7, (3, 2), DEFAULT)).all()
 
 
@@ -273,7 +287,10 @@ SEVEN = ancestral(steps=7)
 def test_snapshots_change_nothing(snapshots):
     schedule, exact = pair("linear", 20)
     denoise, key = gaussian_denoiser(exact, MEAN, VARIANCE), jax.random.key(5)
-    chain = sample_chain(key, schedule, denoise, (3, 2), sampler=SEVEN, snapshots=snapshots)
+    chain = compiled(
+        lambda k: sample_chain(k, schedule, denoise, (3, 2), sampler=SEVEN, snapshots=snapshots),
+        key,
+    )
     kept = min(snapshots, 7)
     assert chain.x_t.shape == chain.predicted_x_0.shape == (kept, 3, 2)
     assert chain.times.shape == (kept,)
@@ -283,26 +300,36 @@ def test_snapshots_change_nothing(snapshots):
     assert set(chain.times) <= set(whole[:-1])
     assert (np.diff(chain.times) < 0).all()
     assert chain.times[-1] == whole[-2]
-    for t, x_t, x_0 in zip(chain.times, chain.x_t, chain.predicted_x_0, strict=True):
-        close(x_0, denoise(x_t, np.full(3, t)).x_0, rtol=1e-5, atol=1e-6)
+    times_of_each = np.repeat(chain.times[:, None], 3, axis=1)
+    predicted = compiled(jax.vmap(lambda x_t, t: denoise(x_t, t).x_0), chain.x_t, times_of_each)
+    close(chain.predicted_x_0, predicted, rtol=1e-5, atol=1e-6)
 
 
 def test_snapshots_are_one_step_apart():
     schedule, exact = pair("linear", 20)
     denoise, sampler = gaussian_denoiser(exact, MEAN, VARIANCE), ddim(steps=7)
-    chain = sample_chain(jax.random.key(6), schedule, denoise, (3, 2), sampler=sampler, snapshots=7)
+    chain = compiled(
+        lambda k: sample_chain(k, schedule, denoise, (3, 2), sampler=sampler, snapshots=7),
+        jax.random.key(6),
+    )
     t = times(20, 7)
     assert (chain.times == t[:-1]).all()
-    for i, x_s in enumerate([*chain.x_t[1:], chain.x_0]):
-        step_info = StepInfo(t[i], t[i + 1], i, t)
-        expected = sampler.step(schedule, denoise, chain.x_t[i], step_info, lambda k=0: 0.0, ())
-        close(x_s, expected.x, rtol=1e-5, atol=1e-6)
+
+    def step(x_t, t_now, s, i):
+        step_info = StepInfo(t_now, s, i, t)
+        return sampler.step(schedule, denoise, x_t, step_info, lambda k=0: 0.0, ()).x
+
+    expected = compiled(jax.vmap(step), chain.x_t, t[:-1], t[1:], np.arange(7))
+    close([*chain.x_t[1:], chain.x_0], expected, rtol=1e-5, atol=1e-6)
     assert chain.evaluations == 7
 
 
 def test_no_snapshots():
     schedule, exact = pair("linear", 20)
-    chain = sample_chain(jax.random.key(6), schedule, gaussian_denoiser(exact), (3, 2), snapshots=0)
+    denoise = gaussian_denoiser(exact)
+    chain = compiled(
+        lambda k: sample_chain(k, schedule, denoise, (3, 2), snapshots=0), jax.random.key(6)
+    )
     assert chain.x_t.shape == (0, 3, 2)
     assert chain.times.shape == (0,)
 
@@ -311,7 +338,9 @@ def test_old_keys_are_keys():
     schedule, exact = pair("linear", 10)
     old, new = jax.random.PRNGKey(3), jax.random.key(3)
     denoise = gaussian_denoiser(exact)
-    assert (sample(old, schedule, denoise, (2, 3)) == sample(new, schedule, denoise, (2, 3))).all()
+    draw = lambda *keys: [sample(key, schedule, denoise, (2, 3)) for key in keys]  # noqa: E731
+    by_old, by_new = compiled(draw, old, new)
+    assert (by_old == by_new).all()
 
 
 def test_ddim_upwards_is_ddim_downwards_inverted():
@@ -336,14 +365,18 @@ def test_ddim_upwards_is_ddim_downwards_inverted():
 @pytest.mark.parametrize("sampler", [ancestral(), ddim(0.5)])
 def test_a_chain_in_two_pieces_is_the_whole(sampler):
     schedule, exact = pair("linear", 7)
-    denoise, key = gaussian_denoiser(exact, MEAN, VARIANCE), jax.random.key(4)
-    whole = sample(key, schedule, denoise, (3, 2), sampler=sampler)
-    x_3 = sample(key, schedule, denoise, (3, 2), sampler=sampler, times=[7, 6, 5, 4, 3])
-    found = sample(key, schedule, denoise, (3, 2), sampler=sampler, times=[3, 2, 1, 0], x_t=x_3)
-    close(found, whole, rtol=1e-6)
-    other = sample(
-        jax.random.key(5), schedule, denoise, (3, 2), sampler=sampler, times=[3, 2, 1, 0], x_t=x_3
+    denoise = gaussian_denoiser(exact, MEAN, VARIANCE)
+    draw = functools.partial(
+        sample, schedule=schedule, denoiser=denoise, shape=(3, 2), sampler=sampler
     )
+
+    def pieces(key, other_key):
+        x_3 = draw(key, times=[7, 6, 5, 4, 3])
+        below = functools.partial(draw, times=[3, 2, 1, 0], x_t=x_3)
+        return draw(key), below(key), below(other_key)
+
+    whole, found, other = compiled(pieces, jax.random.key(4), jax.random.key(5))
+    close(found, whole, rtol=1e-6)
     assert np.abs(other - whole).max() > 1e-2
 
 
@@ -370,12 +403,22 @@ def test_times_that_do_not_fall_within_the_schedule_are_refused(times, said):
 
 def test_whole_times_are_the_same_as_floats_and_between_them_is_a_chain_too():
     schedule, exact = pair("linear", 7)
-    run = functools.partial(sample, jax.random.key(0), schedule, gaussian_denoiser(exact), (3, 2))
-    close(run(times=[7.0, 4.0, 0.0]), run(times=[7, 4, 0]))
-    near, whole = run(times=[7, 4.001, 2.001, 0]), run(times=[7, 4, 2, 0])
-    assert abs(near - whole).max() > 0.01  # another noise
-    fixed = functools.partial(run, sampler=ddim(), x_t=jnp.ones((3, 2)))
-    close(fixed(times=[7, 4.001, 2.001, 0]), fixed(times=[7, 4, 2, 0]), atol=1e-3)
+    denoise = gaussian_denoiser(exact)
+
+    def runs(key):
+        run = functools.partial(sample, key, schedule, denoise, (3, 2))
+        fixed = functools.partial(run, sampler=ddim(), x_t=jnp.ones((3, 2)))
+        between = [7, 4.001, 2.001, 0], [7, 4, 2, 0]
+        return (
+            (run(times=[7.0, 4.0, 0.0]), run(times=[7, 4, 0])),
+            [run(times=times) for times in between],
+            [fixed(times=times) for times in between],
+        )
+
+    (floats, whole), (near, noised), (fixed_near, fixed_whole) = compiled(runs, jax.random.key(0))
+    close(floats, whole)
+    assert abs(near - noised).max() > 0.01  # another noise
+    close(fixed_near, fixed_whole, atol=1e-3)
 
 
 def test_start_of_another_shape_is_refused():

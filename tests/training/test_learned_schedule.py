@@ -52,7 +52,7 @@ def configured(**changes):
 def step_of(config, optimizer, **options):
     """The compiled step and the state to begin with, at weights that are not zero."""
     schedule = noise_schedule(config)
-    aim, model = objective_of(config, schedule), Network()
+    aim, model = options.pop("objective", None) or objective_of(config, schedule), Network()
     start = init(model, optimizer, IMAGE, 0, aim,
                  other_averages=len(options.get("other_ema_rates", ())))  # fmt: skip
     step = jax.jit(make_train_step(
