@@ -3,7 +3,7 @@
     python main.py --config=configs/celebahq256.py
 
 The paper's figures: 0.5M steps at 2.2 steps/s on a TPU v3-8.
-Not yet run here to the end. tfds asks for the images to be made by hand first; its error says how.
+Not yet run here to the end. tfds requires preparing the images by hand first; its error says how.
 """
 
 from ml_collections import ConfigDict
@@ -23,5 +23,5 @@ def get_config() -> ConfigDict:
         sample_every=100_000,
     )
     config.sampling.update(variance="fixed_small", num_samples=16, batch_size=16)
-    config.evaluation.split = ""  # tfds has the training split alone
+    config.evaluation.split = ""  # tfds has only the training split
     return config

@@ -1,4 +1,4 @@
-r"""CIFAR-10 by its ten labels, a tenth of them left out, for samples of a class and guidance.
+r"""CIFAR-10 with its ten labels, a tenth of them dropped: class-conditional, with guidance.
 
     python main.py --config=configs/cifar10_conditional.py
     python main.py --config=configs/cifar10_conditional.py --mode=sample \

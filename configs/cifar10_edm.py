@@ -1,11 +1,11 @@
-"""CIFAR-10 as Karras et al. (2022) train it: preconditioned, given the changes to its images.
+"""CIFAR-10 as Karras et al. (2022) train it: preconditioned, conditioned on the augmentation.
 
     python main.py --config=configs/cifar10_edm.py
 
-200 million images; much their DDPM++ network, but for attention after every block at 16x16 on the
-way up, not the last alone, shortcuts without convolution in blocks that halve or double, and our
-encoding of the noise; images are warped bilinearly, without their filter; and their sampler of 35
-calls. Their figure: FID 1.97. Not yet trained here.
+200 million images, and their sampler of 35 calls. Close to their DDPM++ network, except: attention
+after every block at 16x16 on the way up, not only the last; shortcuts without convolution in blocks
+that halve or double the resolution; our encoding of the noise. Images are warped bilinearly,
+without their filter. Their figure: FID 1.97. Not yet trained here.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from ddpm.config import default
 def get_config() -> ConfigDict:
     """Returns the config."""
     config = default()
-    config.data.flip = False  # one of the changes that it is given
+    config.data.flip = False  # the augmentation includes flips
     config.model.update(
         channel_multipliers=(2, 2, 2),
         num_res_blocks=4,

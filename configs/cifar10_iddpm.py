@@ -2,7 +2,8 @@
 
     python main.py --config=configs/cifar10_iddpm.py
 
-Their network, of 52,546,438 parameters; they divide t by four for it, this one does not.
+Their network, with 52,546,438 parameters; their code divides its input t by four, this one does
+not.
 Their figures, 500k steps: FID 3.19, 3.17 bits/dim. Not yet run here.
 """
 

@@ -1,4 +1,4 @@
-"""scikit-learn's 8x8 digits, embedded: a small DDPM on a laptop's processor.
+"""scikit-learn's 8x8 digits, included: a small DDPM for a laptop's CPU.
 
 python main.py --config=configs/digits.py
 """
@@ -12,8 +12,8 @@ def get_config() -> ConfigDict:
     """Returns the config."""
     config = default()
     config.data.update(name="digits", flip=False)
-    # Images this small are lost in less noise than large ones: the linear schedule would spend half
-    # of its times where nothing is left to see.
+    # Small images are hidden by less noise than large ones: the linear schedule would spend half of
+    # its times where no signal is left to see.
     config.diffusion.schedule = "cosine"
     config.model.update(
         channels=32,
@@ -33,5 +33,5 @@ def get_config() -> ConfigDict:
         sample_every=0,
         checkpoint_every=500,
     )
-    config.evaluation.update(num_samples=359)  # as many as are held out, so the floor compares
+    config.evaluation.update(num_samples=359)  # as many as are held out, for a comparable floor
     return config

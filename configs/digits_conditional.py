@@ -1,4 +1,4 @@
-"""The digits by their labels, for samples of a class, with guidance if asked.
+"""The digits with labels: a class-conditional model, with optional guidance.
 
 python main.py --config=configs/digits_conditional.py
 """

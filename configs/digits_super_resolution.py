@@ -1,8 +1,8 @@
-"""The digits from 4x4 to 8x8: super-resolution, by a model that is given the small image.
+"""The digits from 4x4 to 8x8: super-resolution, by a model conditioned on the small image.
 
 python main.py --config=configs/digits_super_resolution.py
 
-The small images of its samples are those of held-out digits, or of a file:
+Samples enlarge held-out digits, or the images of a file:
 --mode=sample --config.sampling.low_resolution_images=small.npz
 """
 
@@ -15,6 +15,6 @@ def get_config() -> ConfigDict:
     """Returns the config."""
     config = digits.get_config()
     config.model.low_resolution = 4
-    # A base model's samples are not quite as data are: noise hides by how much.
+    # A base model's samples differ a little from data: noise hides the difference.
     config.training.low_resolution_noise = 0.3
     return config

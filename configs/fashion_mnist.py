@@ -1,4 +1,4 @@
-"""Fashion-MNIST, 28x28 grey, sized for a processor with two cores: about half an hour.
+"""Fashion-MNIST, 28x28 grey, sized for two CPU cores: about half an hour.
 
 python main.py --config=configs/fashion_mnist.py
 """

@@ -1,4 +1,4 @@
-"""Fashion-MNIST by its labels, for samples of a class, with guidance if asked.
+"""Fashion-MNIST with labels: a class-conditional model, with optional guidance.
 
     python main.py --config=configs/fashion_mnist_conditional.py
 

@@ -1,9 +1,9 @@
-"""A folder of your own pictures, of any size and format, cropped and resized to 64x64.
+"""A folder of your own images, of any size and format, cropped and resized to 64x64.
 
     python main.py --config=configs/folder.py --config.data.path=PICTURES --workdir=runs/pictures
 
 For another size: --config.data.image_size='(128, 128)', each side divisible by 8 for these four
-levels. A picture that cannot be read stops the run and is named; data.broken_images='skip' goes on.
+levels. An unreadable picture stops the run and is named; data.broken_images='skip' skips it.
 """
 
 from ml_collections import ConfigDict
@@ -16,5 +16,5 @@ def get_config() -> ConfigDict:
     config = default()
     config.data.update(name="folder", image_size=(64, 64))
     config.training.update(steps=200_000, batch_size=64, learning_rate=1e-4, sample_every=10_000)
-    config.evaluation.split = ""  # a folder has none; evaluation.path names another folder
+    config.evaluation.split = ""  # a folder has no splits; evaluation.path names another folder
     return config

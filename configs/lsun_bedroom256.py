@@ -3,8 +3,8 @@
     python main.py --config=configs/lsun_bedroom256.py
 
 The paper's figures: 2.4M steps, FID 6.36.
-Not yet run here to the end. Flips as in the paper, which leaves out Bedroom alone (the authors'
-code differs).
+Not yet run here to the end. Flips as in the paper, which omits them only for Bedroom (the
+authors' code differs).
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,8 @@
     python main.py --config=configs/lsun_cat256.py
 
 The paper's figures: 1.8M steps, FID 19.75.
-Not yet run here to the end. Flips as in the paper, which leaves out Bedroom alone (the authors'
-code differs).
+Not yet run here to the end. Flips as in the paper, which omits them only for Bedroom (the
+authors' code differs).
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-"""Averages of the weights, on the digits.
+"""Moving averages of the weights (EMA), on the digits.
 
     python main.py --config=configs/ablations/averages.py:power
 
-`half_life` is of as many images as are behind half of the constant's average. Of `power`, averages
-of other widths are made afterwards: --mode=sample --config.sampling.ema_relative_std=0.07.
+`half_life` has about the half-life, in images, of `constant`. Averages of other widths can be made
+from the snapshots of `power` afterwards: --mode=sample --config.sampling.ema_relative_std=0.07.
 """
 
 from typing import Any

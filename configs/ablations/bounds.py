@@ -1,11 +1,11 @@
-"""The bound as the loss, on the digits.
+"""The variational bound as the loss, on the digits.
 
     python main.py --config=configs/ablations/bounds.py:continuous
 
-`whole` and `learned` are Eq. 5, the second with a learned reverse variance; `important` draws its t
-by the losses; `continuous` is the limit as T grows, `even` the same with t evenly spread in a
-batch. `learned_schedule` begins as `linear_log_snr` does and learns the rest: the ends by the
-bound, the shape by the variance of its estimate.
+`whole` and `learned` are Eq. 5, the second with a learned reverse variance; `important` draws t by
+importance sampling; `continuous` is the limit as T grows, `even` the same with t evenly spread over
+a batch. `learned_schedule` starts as `linear_log_snr` and is trained: the ends minimise the bound,
+the shape minimises the variance of its estimate.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/ablations/conditioning.py:self_conditioning
 
-`augmentation` also flips, turns and moves the digits, which the network is given.
+`augmentation` flips, rotates and shifts the digits and conditions the network on these changes.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
-"""Networks on the digits, the objective and training the same.
+"""Networks on the digits, with the same objective and training.
 
     python main.py --config=configs/ablations/networks.py:dit
 
-`dit` is a transformer of about as many parameters as the UNet; the waves of `fourier_input` tell
-apart neighbours of the data's 17 grey levels.
+`dit` is a transformer with about as many parameters as the UNet; the Fourier features of
+`fourier_input` distinguish neighbouring values of the data's 17 grey levels.
 """
 
 from typing import Any

@@ -1,10 +1,10 @@
-"""Parameterizations of the network's output, on the digits: one objective, L_simple, through each.
+"""Parameterizations of the network's output, on the digits, all trained with L_simple.
 
     python main.py --config=configs/ablations/predictions.py:v
 
-Read by the same weight, the squared error of eps, they differ in what the network has to do alone.
-`edm` is preconditioned; `v_of_its_own` and `x_0_of_its_own` weigh their own errors alike.
-`posterior_mean` is of whole times, so that its evaluation has no flow.
+All have the same weight, the squared error of eps, and differ only in what the network predicts.
+`edm` is preconditioned; `v_of_its_own` and `x_0_of_its_own` are unweighted errors of v and x_0.
+`posterior_mean` is defined at whole times only, so that its evaluation has no flow.
 """
 
 from typing import Any

@@ -1,10 +1,11 @@
-"""Noise schedules on the digits, the network's size and training the same.
+"""Noise schedules on the digits, with the same network size and training.
 
     python main.py --config=configs/ablations/schedules.py:sigmoid
 
-`zero_terminal` is the linear one rescaled to end without signal, for which v is predicted (and the
-flow, which would have no end, not evaluated); `linear_v` is that without. `cosine_shifted` adds, as
-for 8x8 images from 32x32, 2 log 4 to the log-SNR. A learned one: bounds.py.
+`zero_terminal` is the linear schedule rescaled to end without signal; it predicts v and is
+evaluated without the flow, which would have no end. `linear_v` is the same without rescaling.
+`cosine_shifted` adds 2 log 4 to the log-SNR, the shift from 32x32 to 8x8 images. For a learned
+schedule see bounds.py.
 """
 
 from typing import Any

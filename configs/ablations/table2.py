@@ -2,10 +2,10 @@
 
     python main.py --config=configs/ablations/table2.py:eps_mse
 
-The rows by what the network predicts, the loss and the reverse variance, in the paper's order; all
-else is as in configs/digits.py. The authors' bound is the mean of its T terms, this library's their
-sum: with the gradient clipped at T times the norm they are trained alike (Adam has no say in it).
-The evaluation leaves out the flow, which mean prediction does not have.
+The rows differ in prediction, loss and reverse variance, in the paper's order; all else is as in
+configs/digits.py. The authors' bound is the mean of its T terms, this library's their sum:
+clipping the gradient at T times the norm makes the training equal (Adam ignores the scale). The
+evaluation omits the flow, which mean prediction does not have.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/ablations/times.py:low_discrepancy
 
-`log_normal` and `logit_normal` are weights too: their losses are not corrected for the draw.
+`log_normal` and `logit_normal` also weight the loss: it is not corrected for the distribution.
 """
 
 from typing import Any

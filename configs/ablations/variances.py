@@ -2,7 +2,7 @@
 
     python main.py --config=configs/ablations/variances.py:learned_range
 
-The fixed ones are one training, sampled and evaluated in two ways.
+The two fixed ones share one training and differ in sampling and evaluation.
 """
 
 from typing import Any

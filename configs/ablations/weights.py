@@ -2,8 +2,8 @@
 
     python main.py --config=configs/ablations/weights.py:min_snr
 
-`likelihood` and `sigmoid` are integrals over log-SNR; `l1` and `huber` are of v itself.
-`likelihood` is the bound but for a factor and, as that in bounds.py, not clipped.
+`likelihood` and `sigmoid` are integrals over log-SNR; `l1` and `huber` are errors of v itself.
+`likelihood` is the bound up to a factor and, as in bounds.py, its gradient is not clipped.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "likelihood",
     )
 }
-VARIANTS["edm"]["diffusion.sigma_data"] = 0.85  # of the digits, about 0
+VARIANTS["edm"]["diffusion.sigma_data"] = 0.85  # the digits' standard deviation about 0
 VARIANTS["likelihood"]["training.grad_clip"] = 1000.0
 VARIANTS |= {name: _V | {"training.loss": name} for name in ("l1", "huber")}
 

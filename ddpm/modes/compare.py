@@ -1,4 +1,4 @@
-"""Samplers and numbers of steps on one model: quality and time against the denoiser's calls."""
+"""Samplers and numbers of steps on one model: quality and time against the network's calls."""
 
 import ast
 import datetime
@@ -26,11 +26,11 @@ from ddpm.modes.measures.job import features_of_data, make_extractor
 from ddpm.training.logbook import say
 
 HEADER = ("sampler", "steps", "calls", "Fréchet distance", "s/image")
-SHOWN = 16  # samples of each in the picture
+SHOWN = 16  # samples of each entry in the picture
 
 
 class Entry(NamedTuple):
-    """A sampler as the config names it, and the config that samples by it."""
+    """A sampler as the config names it, and the config that samples with it."""
 
     name: str
     steps: int
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The figures of an entry; seconds an image, without compiling, are NaN of one batch."""
+    """The figures of an entry; seconds per image, without compilation, NaN for a single batch."""
 
     name: str
     steps: int
@@ -48,13 +48,13 @@ class Row(NamedTuple):
 
 
 def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
-    """Samples of config.comparison.samplers at each of .steps, the same seed, against the training
-    data in the features of the evaluation.
+    """Compares config.comparison.samplers at each of .steps with the training data, in the features
+    of the evaluation, from the same seed.
 
-    Writes workdir/comparison.json and comparison.html at the end, whole. Raises InputError for what
-    the user can mend, before anything is computed.
+    Writes workdir/comparison.json and comparison.html at the end, atomically. Raises InputError for
+    what the user can fix, before anything is computed.
     """
-    parse(config)  # what is wrong with them is said before the run is read
+    parse(config)  # reports wrong entries before the run is loaded
     first = load_run(config, workdir, "compare", init_from)
     small = with_small_images(first.built, config.comparison.num_samples)
     first = first._replace(built=small)
@@ -89,7 +89,7 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     for entry, run in runs:
         run = with_variance(run, workdir)
         generator = run.generator(c.num_samples)
-        clock: list[float] = []  # of each batch
+        clock: list[float] = []  # seconds of each batch
         kept: list[np.ndarray] = []
 
         def timed(run: Run = run, clock: Any = clock, kept: Any = kept, of: Any = generator) -> Any:
@@ -102,14 +102,14 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
 
         try:
             vectors = features.of_samples(extractor, timed()).vectors
-        except InputError as error:  # samples that are not finite: what is found, of a sampler
+        except InputError as error:  # non-finite samples are a result of a sampler
             say(f"{entry.name}: {error}")
             distance = seconds = float("nan")
             kept = [np.zeros((1, *built.image_shape), np.uint8)]
         else:
             moments = distances.moments(comparison.blocks(vectors))
             distance = distances.frechet_distance(data, moments)
-            # The first batch, which is compiled, is left out; the last one is drawn whole.
+            # Omits the first batch, which includes compilation; the last one is drawn in full.
             seconds = float(np.mean(clock[1:])) / generator.batch_size if clock[1:] else np.nan
         rows.append(Row(entry.name, entry.steps, generator.evaluations, distance, seconds))
         shown.append(np.concatenate(kept))
@@ -118,10 +118,9 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
 
 
 def parse(config: ConfigDict) -> list[Entry]:
-    """Returns the entries of config.comparison, each checked; InputError names the one that is
-    wrong."""
+    """Returns the entries of config.comparison, each checked; InputError names a wrong one."""
     c, entries = config.comparison, []
-    # What is one for all of them: the weights, what is enlarged, and how many and which samples.
+    # Common to all entries: the weights, the images to enlarge, the number of samples and the seed.
     of_all = ("sampler", "ema", "ema_relative_std", "low_resolution_images", "num_samples",
               "batch_size", "seed", "mp4")  # fmt: skip
     known = {k: v for k, v in flatten(config.sampling).items() if k not in of_all}
@@ -156,7 +155,7 @@ def _where(entry: str) -> str:
 
 
 def shown_row(row: Row) -> tuple[Any, ...]:
-    """Returns the row as it stands in the tables."""
+    """Returns the row as shown in the tables."""
     steps = row.steps or "all"
     return (row.name, steps, row.evaluations, report.number(row.frechet_distance),
             report.number(row.seconds))  # fmt: skip

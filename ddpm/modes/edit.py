@@ -1,4 +1,4 @@
-"""Editing of pictures by a run: variations, inpainting, interpolation, reconstruction."""
+"""Editing of pictures with a run: variations, inpainting, interpolation, reconstruction."""
 
 import hashlib
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from ddpm.sampling.sample import sample
 from ddpm.training import sharding
 
 GRID_ROWS = 50
-HOLE = 128  # grey level of what is to be painted, in the grid
+HOLE = 128  # grey level of the area to paint, in the grid
 
 
 class Edited(NamedTuple):
-    """results: uint8[n, K, H, W, C], K of each picture (or pair); rows: the same with what they
-    were made of, for the grid; `what` they depend on, for the name, and and a `report` of them."""
+    """results: uint8[n, K, H, W, C], K for each picture (or pair); rows: the same with the inputs,
+    for the grid; `what` they depend on, for the name; and a `report` to print."""
 
     results: np.ndarray
     rows: np.ndarray
@@ -38,12 +38,12 @@ class Edited(NamedTuple):
 
 
 def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> None:
-    """Edits the pictures that `given` names by config.editing, with the weights that sample uses.
+    """Edits the pictures named by `given` by config.editing, with the weights that sample uses.
 
-    What is drawn depends on config.sampling.seed and a variation's number alone. Writes
+    The noise depends only on config.sampling.seed and a variation's number. Writes
     workdir/edits/<name>.png, a row for each picture, and .npz, `images` uint8[n, H, W, C] in the
-    same order without what was given. The name has task, settings and weights, and a digest of
-    the pictures. Raises InputError.
+    same order without the inputs. The name has task, settings, weights and a digest of the
+    pictures. Raises InputError for what the user can fix.
     """
     e, task = config.editing, config.editing.task
     if task == "inpaint" and bool(e.mask) == bool(e.box):
@@ -51,7 +51,7 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> 
             "config.editing.task = 'inpaint' needs config.editing.mask, a picture that is white "
             "where to paint, or config.editing.box = (top, left, height, width), one of the two"
         )
-    if task == "reconstruct":  # it is DDIM that can be inverted
+    if task == "reconstruct":  # only DDIM can be inverted
         exact = {"sampler": "ddim", "eta": 0.0, "corrector_steps": 0}
         config, _ = with_settings(config, sampling=exact)
     if config.model.low_resolution:
@@ -85,11 +85,11 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> 
         print(out / f"{name}.{suffix}")
 
 
-# --- What is given
+# --- Inputs
 
 
 def _keep(run: Run) -> np.ndarray:
-    """Returns where not to paint, bool[H, W, 1], by config.editing.mask or .box."""
+    """Returns the mask of pixels to keep, bool[H, W, 1], from config.editing.mask or .box."""
     e, (height, width, _) = run.built.config.editing, run.built.image_shape
     if e.mask:
         mask = read_image(Path(e.mask).expanduser(), channels=1, image_size=None)
@@ -113,7 +113,7 @@ def _keep(run: Run) -> np.ndarray:
     return keep
 
 
-# --- The tasks
+# --- Tasks
 
 
 def _vary(run: Run, images: np.ndarray) -> Edited:
@@ -130,7 +130,7 @@ def _inpaint(run: Run, images: np.ndarray) -> Edited:
     e, built = run.built.config.editing, run.built
     keep = _keep(run)
     how = {"jump_length": e.jump_length, "resamplings": e.resamplings}
-    try:  # what must hold of sampler and times
+    try:  # checks sampler and times
         editing.inpainting(built.sampler, jnp.zeros((1, *built.image_shape)), keep)
         editing.repaint_times(built.times, **how)
     except ValueError as error:
@@ -140,7 +140,7 @@ def _inpaint(run: Run, images: np.ndarray) -> Edited:
         return editing.inpaint(keys, built.schedule, denoiser, x_0, keep, **_chain(run), **how)
 
     results = _variations(run, one, images)
-    results = np.where(keep, images[:, None], results)  # the known pixels, not their rounding
+    results = np.where(keep, images[:, None], results)  # the known pixels exactly, without rounding
     holed = np.where(keep, images, np.uint8(HOLE))
     rows = np.concatenate([images[:, None], holed[:, None], results], axis=1)
     mask = hashlib.sha256(keep.tobytes()).hexdigest()[:8]
@@ -224,8 +224,7 @@ def _keys(run: Run, numbers: jax.Array) -> jax.Array:
 def _variations(
     run: Run, one: Callable[[Any, jax.Array, jax.Array], jax.Array], images: np.ndarray
 ) -> np.ndarray:
-    """Returns config.editing.num_variations of each image, the k-th of all by one noise: [n, K,
-    ..]."""
+    """Returns config.editing.num_variations K of each image, [n, K, ..]; the k-th share noise."""
     config = run.built.config
     each = config.editing.num_variations
 
@@ -244,8 +243,8 @@ def _in_batches(
 ) -> np.ndarray:
     """Maps function(denoiser, *batch) over the first axis of the arrays, compiled once, to uint8.
 
-    Batches are split over the devices; the last one is filled up and cut. Raises InputError for
-    what is not finite.
+    Batches are split over the devices; the last one is padded and cut. Raises InputError for
+    results that are not finite.
     """
     n = len(arrays[0])
     size = sharding.rounded_up(min(size, n), run.mesh)

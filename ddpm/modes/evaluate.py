@@ -1,4 +1,4 @@
-"""Evaluation of a run: a table on the terminal, evaluation.json, and report.html to open."""
+"""Evaluation of a run: a table on the terminal, evaluation.json, and report.html."""
 
 import datetime
 import json
@@ -22,7 +22,7 @@ from ddpm.modes.measures import chains, fidelity, likelihoods
 from ddpm.modes.measures.job import prepare
 from ddpm.training.logbook import say
 
-FAILED = "failed"  # in evaluation.json: why, by the part
+FAILED = "failed"  # in evaluation.json: the reason, by part
 HEADER = ("figure", "of", "value", "how")
 _MEASURES = dict(
     zip(
@@ -41,10 +41,10 @@ _MEASURES = dict(
 
 def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     """Measures config.evaluation.parts on the latest good checkpoint in `workdir`, or on the
-    weights of others that `init_from` names.
+    pretrained weights that `init_from` names.
 
-    Both files are written at the end, whole. Raises InputError for what the user can mend, most of
-    it before anything is computed; where one part fails, once the others are written.
+    Writes both files at the end, atomically. Raises InputError for what the user can fix, mostly
+    before anything is computed; if one part fails, after the others are written.
     """
     run = load_run(config, workdir, "evaluate", init_from)
     config = run.built.config
@@ -103,7 +103,7 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """Replaces NaN, which JSON does not have, by null."""
+    """Replaces NaN, which JSON does not have, with null."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Weights of a run, or of others, for `diffusers`: a folder, or one .safetensors."""
+"""Export of weights, of a run or pretrained, for `diffusers`: a folder, or one .safetensors."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from ddpm.modes.loading import load_run
 
 
 def export(config: ConfigDict, workdir: Path, out: str, init_from: str = "") -> None:
-    """Writes the weights that config.sampling.ema chooses, and the settings they need, to `out`.
+    """Writes the weights that config.sampling.ema selects, and the settings they need, to `out`.
 
-    Raises InputError for an empty `out`, or one where there is something already.
+    Raises InputError if `out` is empty or exists already.
     """
     if not out:
         raise InputError("--mode=export needs --out: a new folder, or a file .safetensors")

@@ -1,4 +1,4 @@
-"""Pictures that a mode is given: files, a folder, or an .npz; and those to be enlarged."""
+"""Input pictures of a mode: files, a folder, or an .npz; and the images to enlarge."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +19,9 @@ from ddpm.errors import InputError
 
 
 def pictures_at(given: str, said: str) -> Callable[[tuple[int, int, int]], np.ndarray]:
-    """Returns a function of a shape [H, W, C] to the pictures that `given` names, uint8[n, H, W,
-    C].
+    """Returns a function from [H, W, C] to the pictures named by `given`, uint8[n, H, W, C].
 
-    InputError, which begins with what the user `said`, at once for a file that is not there.
+    Raises InputError, which begins with the flag or key `said`, at once for a missing file.
     """
     paths = [Path(p).expanduser() for p in ([given] if Path(given).exists() else given.split(","))]
     for path in paths:
@@ -41,11 +40,11 @@ def by(shape: tuple[int, ...]) -> str:
 
 
 def with_small_images(built: Experiment, most: int) -> Experiment:
-    """Returns the experiment with what its samples enlarge, for `most` samples or fewer, where the
-    model enlarges.
+    """Returns the experiment with the images to enlarge, at most `most`; unchanged for a model
+    without super-resolution.
 
-    By config.sampling.low_resolution_images; else the first images of the held-out data, or without
-    any of the training data, averaged down. InputError for what cannot be read.
+    They are config.sampling.low_resolution_images; if empty, the first images of the held-out data,
+    or without any of the training data, averaged down. Raises InputError for unreadable files.
     """
     config = built.config
     if not config.model.low_resolution:

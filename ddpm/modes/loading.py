@@ -1,4 +1,4 @@
-"""A trained run from its folder, or weights of others, for the modes that use one."""
+"""Loading of a trained run from its folder, or of pretrained weights, for the modes that use it."""
 
 import hashlib
 import json
@@ -34,10 +34,10 @@ RUN_ON = "the run is on images of"
 
 
 class Run(NamedTuple):
-    """The experiment, the weights that config.sampling.ema chooses, and where they are from.
+    """The experiment, the weights that config.sampling.ema selects, and their origin.
 
-    `step` is None for weights of others; `origin` is reported, `tag` begins the names of files, and
-    `digest` sets weights of one tag apart, those of a run begun anew in the same folder, say.
+    `step` is None for pretrained weights; `origin` is reported, `tag` begins file names, and
+    `digest` distinguishes weights with the same tag, as of a run restarted in the same folder.
     """
 
     built: Experiment
@@ -49,12 +49,12 @@ class Run(NamedTuple):
     digest: str = ""
 
     def generator(self, num_samples: int) -> Generator:
-        """Returns the generator of config.sampling, for that many samples or more."""
+        """Returns the generator for num_samples, which caps the batch size of config.sampling."""
         batch_size = min(self.built.config.sampling.batch_size, num_samples)
         return self.built.generator(self.mesh, batch_size=batch_size)
 
     def sample_name(self, seed: int, num_samples: int) -> str:
-        """Returns the name of files of samples, with all that they depend on."""
+        """Returns the file name of samples, with all settings that they depend on."""
         s = self.built.config.sampling
         how = self.built.sampler_name
         raw = self.step is not None and not s.ema
@@ -63,14 +63,14 @@ class Run(NamedTuple):
         return f"{self.tag}_{how}{steered}_seed{seed}_n{num_samples}{other}"
 
     def fingerprint(self, *more: str) -> str:
-        """Returns a digest of the weights and what is computed with them, for the names of files
-        that are used again: model, diffusion, and the sections `more` of the config."""
+        """Returns a digest, for names of reused files, of the weights and the config's sections
+        model, diffusion and `more`."""
         config = to_json(self.built.config)
         about = [self.digest, *(config[section] for section in ("model", "diffusion", *more))]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
 
     def _small_name(self) -> str:
-        """Returns a digest of what is enlarged; '' where nothing is."""
+        """Returns a digest of the images to enlarge; '' without any."""
         small, noise = self.built.small_images, self.built.config.sampling.low_resolution_noise
         if small is None:
             return ""
@@ -79,7 +79,7 @@ class Run(NamedTuple):
 
 
 def steering_name(s: ConfigDict) -> str:
-    """Returns the settings of config.sampling that steer samples, for file names; '' for none."""
+    """Returns the guidance settings of config.sampling, for file names; '' for none."""
     parts = [f"label{s.label}"] if s.label >= 0 else []
     if s.guidance_scale != 1:
         parts.append(f"guided{s.guidance_scale:.9g}")
@@ -96,7 +96,7 @@ def steering_name(s: ConfigDict) -> str:
 
 def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") -> Run:
     """Loads the pretrained weights that `init_from` names, else the latest good checkpoint in
-    `workdir`; InputError without one, or of another experiment."""
+    `workdir`. Raises InputError if there is none, or if it is of another experiment."""
     if jax.process_count() > 1:
         raise InputError(f"--mode={mode} runs in a single process: leave out --distributed")
     mesh, std = sharding.data_mesh(), config.sampling.ema_relative_std
@@ -147,8 +147,7 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
 
 
 def with_variance(run: Run, workdir: Path) -> Run:
-    """Returns the run with the moments that variance 'analytic' needs: from its folder, or measured
-    now."""
+    """Returns the run with the moments for variance 'analytic', from its folder or measured now."""
     config = run.built.config
     s = config.sampling
     if s.variance != "analytic":
@@ -168,7 +167,7 @@ def with_variance(run: Run, workdir: Path) -> Run:
     check_image_shape(source.image_shape, run.built.image_shape, RUN_ON)
     places = np.linspace(0, len(source) - 1, min(s.analytic_images, len(source))).astype(int)
     say(f"measuring the optimal variance on {len(places)} images, once ..")
-    # Of one key for all, and not of the sampling seed: it belongs to the run.
+    # One key for all, independent of the sampling seed: the variance belongs to the run.
     key, schedule = jax.random.key(config.seed), run.built.schedule
     examples = source.read(places)
     label = examples.label if config.model.num_classes else None
@@ -190,7 +189,7 @@ def with_variance(run: Run, workdir: Path) -> Run:
 
 
 def draw(run: Run, generator: Generator, num_samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yields batches of samples, with a bar on a terminal."""
+    """Yields batches of samples, with a progress bar on a terminal."""
     with tqdm(total=num_samples, desc="sampling", unit="image", disable=None) as bar:
         for images in generator.batches(run.params, num_samples, seed=seed):
             bar.update(len(images))

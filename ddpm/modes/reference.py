@@ -1,4 +1,4 @@
-"""Features of the data, computed once and cached, and their floor, before there is a run."""
+"""Features of the data, computed once and cached, and their floor; no run is needed."""
 
 from pathlib import Path
 
@@ -17,8 +17,7 @@ from ddpm.training import sharding
 
 
 def reference(config: ConfigDict, workdir: Path) -> None:
-    """Computes what --mode=evaluate will compare with; it needs no run, and writes to the cache
-    alone."""
+    """Computes the features that --mode=evaluate compares with; writes only to the cache."""
     del workdir
     if jax.process_count() > 1:
         raise InputError("--mode=reference runs in a single process: leave out --distributed")

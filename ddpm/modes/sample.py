@@ -17,14 +17,14 @@ CHAIN_FRAMES = 50
 
 def sample(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     """Draws config.sampling.num_samples from the latest good checkpoint in `workdir`, or from
-    the weights of others that `init_from` names.
+    the pretrained weights that `init_from` names.
 
-    Sample i depends on config.sampling.seed and i alone. Writes workdir/samples/<name>.npz, .png
-    (the first 100), .gif and, with sampling.mp4, .mp4 (the first 25), the name made of step (or
+    Sample i depends only on config.sampling.seed and i. Writes workdir/samples/<name>.npz, .png
+    (the first 100), .gif and, with sampling.mp4, .mp4 (the first 25). The name consists of step (or
     digest of the weights), sampler, seed and number.
     """
     if config.sampling.mp4:
-        pictures.mp4_writer()  # is it there
+        pictures.mp4_writer()  # fails now if it is not installed
     run = load_run(config, workdir, "sample", init_from)
     s, image_shape = config.sampling, run.built.image_shape
     run = run._replace(built=with_small_images(run.built, s.num_samples))

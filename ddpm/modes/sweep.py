@@ -1,7 +1,7 @@
-"""Many configs, each trained and evaluated with several seeds, and one table of them.
+"""Sweeps: configs, each trained and evaluated with several seeds, and one table of results.
 
-Every run is a process of its own, in a folder of its own, and is what the commands alone would have
-made: main.py --mode=train and --mode=evaluate. Runs that are finished are not run again.
+Every run has its own process and folder, and is what the single commands main.py --mode=train and
+--mode=evaluate would have made. Finished runs are not run again.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ DIVERGED = "diverged"
 
 
 class Entry(NamedTuple):
-    """A row: its name, the arguments of its commands, and the config that they come to."""
+    """A row: its name, the arguments of its commands, and the config that they give."""
 
     name: str
     arguments: list[str]
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A figure of evaluation.json: its title, and where it stands."""
+    """A figure of evaluation.json: its title, and a function that reads it."""
 
     title: str
     of: Callable[[dict[str, Any]], float]
@@ -68,8 +68,10 @@ COLUMNS = (
 
 
 def entries(names: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
-    """Returns the entries of FILE.py, with all its variants if it has any, and of FILE.py:VARIANT;
-    the config flags of `overrides` hold for each. InputError for what is wrong with one of them."""
+    """Returns the entries for FILE.py, with all its variants if it has any, and FILE.py:VARIANT.
+
+    The config flags in `overrides` apply to each. Raises InputError for a wrong one.
+    """
     found = []
     for name in names:
         file, _, variant = name.partition(":")
@@ -88,11 +90,11 @@ def entries(names: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
 
 
 def sweep(rows: Sequence[Entry], seeds: Sequence[int], folder: Path, command: Path) -> None:
-    """Trains and evaluates each entry with each seed, in `folder`/NAME_seedN, by `command`.
+    """Trains and evaluates each entry with each seed, in `folder`/NAME_seedN, with `command`.
 
     Prints the table and writes it, with all values, to sweep.json in `folder`. A run whose loss is
-    not finite is reported as such. Raises InputError where another fails or a folder is of another
-    run, KeyboardInterrupt if stopped; the same call resumes from there.
+    not finite is reported as diverged. Raises InputError if a run fails otherwise or a folder holds
+    another run, KeyboardInterrupt if stopped; the same call resumes from there.
     """
     left = []
     for seed in seeds:
@@ -119,8 +121,8 @@ def sweep(rows: Sequence[Entry], seeds: Sequence[int], folder: Path, command: Pa
 
 
 def _check_folder(workdir: Path, config: ConfigDict) -> None:
-    """Raises InputError if its weights are not, or will not be, all of this config: a run alone may
-    change its learning rate on the way, a row of a table may not."""
+    """Raises InputError if the folder's run had another config, even one that a single run may
+    resume with, such as another learning rate: a row of a table has one config."""
     saved = saved_meta(workdir / "checkpoints")
     if saved is None:
         return
@@ -135,15 +137,14 @@ def _check_folder(workdir: Path, config: ConfigDict) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    """Returns the exit code of a process that receives Ctrl-C and SIGTERM too, and is left to end
-    by itself."""
+    """Returns the exit code of a process that also gets Ctrl-C and SIGTERM, and ends by itself."""
     with subprocess.Popen(arguments) as process, _handed_on(process):
         while True:
             try:
                 code = process.wait()
                 break
             except KeyboardInterrupt:
-                pass  # of the terminal, which sends it to the child as well
+                pass  # the terminal sends Ctrl-C to the child as well
     if code < 0 or code == 130:
         raise KeyboardInterrupt
     return code
@@ -159,7 +160,7 @@ def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
-    """Returns the result of the run, {DIVERGED: True} if it did; None if it is not finished."""
+    """Returns the run's result, with the key DIVERGED if it did; None if it is not finished."""
     for name in ("evaluation.json", f"{DIVERGED}.json"):
         path = workdir / name
         if path.exists():
@@ -234,27 +235,27 @@ def _bits(found: dict[str, Any]) -> float:
 
 
 def _variants(file: str) -> list[str]:
-    """Returns the names in VARIANTS of a config file; [] for a file without."""
+    """Returns the names in VARIANTS of a config file; [] without VARIANTS."""
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a config file does
+    except Exception as error:  # a config file may raise anything
         raise InputError(f"--configs={file}: {type(error).__name__}: {error}") from error
     return list(getattr(module, "VARIANTS", {}))
 
 
 def _config(arguments: list[str]) -> ConfigDict:
-    """Returns the config that main.py would have of these arguments, checked as a run does, but for
-    what the data decide."""
+    """Returns the config that main.py would read from these arguments, checked as at the start of a
+    run, except for what depends on the data."""
     try:
         config: ConfigDict = parse([sys.argv[0], *arguments]).config
         validate(config)
         if config.sampling.variance == "analytic":
             raise InputError(UNMEASURED)
-        check(config)  # now, not when its turn has come, hours after the first
+        check(config)  # now, not hours later when its turn comes
         check_parts(config, noise_schedule(config), config.evaluation.parts)
     except InputError as error:
         raise InputError(f"{arguments[0]}: {error}") from error

@@ -1,4 +1,4 @@
-"""Samples against data, by features: distances and their floor, nearest training images."""
+"""Samples against data in feature space: distances and their floor, nearest training images."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,8 +26,7 @@ NAMES = {
 
 
 def distances_to_data(job: Job) -> Measured:
-    """Measures samples against training data, next to the floor: held-out data against training
-    data."""
+    """Measures distances of samples to training data, with the floor: those of held-out data."""
     assert job.extractor is not None
     e = job.run.built.config.evaluation
     train = job.features("train")
@@ -80,7 +79,7 @@ def _histogram(classes: tuple[str, ...], shares: dict[str, list[float]]) -> str:
 
 
 def neighbours(job: Job) -> Measured:
-    """Finds the nearest training images of some samples: are they copies?"""
+    """Finds the training images nearest to some samples, to detect copies."""
     assert job.extractor is not None
     e = job.run.built.config.evaluation
     samples = job.samples(e.seeds[0])[:NEIGHBOURS]

@@ -27,7 +27,7 @@ from ddpm.training import sharding
 
 
 class Measured(NamedTuple):
-    """The results of a part: for evaluation.json, for the tables, for the page."""
+    """The results of a part, for evaluation.json, the tables and the page."""
 
     title: str
     figures: dict[str, Any]
@@ -61,7 +61,7 @@ class Job(NamedTuple):
 def prepare(
     run: Run, workdir: Path, train: Source, held_out: Source | None, parts: list[str]
 ) -> Job:
-    """Returns the job, after checking whatever can be wrong with it."""
+    """Returns the job, after checking everything that can be checked before computing."""
     e = run.built.config.evaluation
     check_parts(run.built.config, run.built.schedule, parts)
     extractor, given = None, None
@@ -108,7 +108,7 @@ def check_parts(config: ConfigDict, schedule: NoiseSchedule, parts: Collection[s
 def make_extractor(
     config: ConfigDict, image_shape: tuple[int, int, int], mesh: Mesh
 ) -> features.Extractor:
-    """Returns the extractor of the features that the config asks for."""
+    """Returns the feature extractor that the config asks for."""
     e, name = config.evaluation, _features(config)
     if name == "inception":
         network = features.of_inception(e.inception_path, e.inception_resize)
@@ -118,8 +118,8 @@ def make_extractor(
 
 
 def _features(config: ConfigDict) -> str:
-    """Returns the features' name: a classifier's by the data, or Inception. InputError without its
-    file."""
+    """Returns the features' name: the data's classifier, or Inception. Raises InputError without
+    the file of its weights."""
     e, data = config.evaluation, config.data
     name = e.features or (data.name if data.name in SHIPPED else "inception")
     if name == "inception" and not e.inception_path:
@@ -132,8 +132,7 @@ def _features(config: ConfigDict) -> str:
 
 
 def _drawn(run: Run, folder: Path, num_samples: int, seed: int) -> np.ndarray:
-    """Returns the samples of a seed, from their file if that was written before, of the same
-    weights."""
+    """Returns the samples of a seed, from their file if the same weights wrote it before."""
     s, name = run.built.config.sampling, run.sample_name(seed, num_samples)
     if s.variance == "analytic":
         name += f"_analytic{s.analytic_images}_{run.fingerprint('data')}"
@@ -155,11 +154,10 @@ def _drawn(run: Run, folder: Path, num_samples: int, seed: int) -> np.ndarray:
 def batches(
     job: Job, source: Source, most: int, name: str
 ) -> Iterator[tuple[jax.Array, np.ndarray, np.ndarray]]:
-    """Yields (images, their numbers, mask) over the devices, of the first `most` (0: all), with a
-    bar."""
+    """Yields (images, their numbers, mask) over the devices, for the first `most` (0: all)."""
     most = min(most, len(source)) if most else len(source)
     size = job.run.built.config.evaluation.batch_size
-    size = -(-most // -(-most // size))  # equal batches: what fills up the last one is computed too
+    size = -(-most // -(-most // size))  # equal batches: padding of the last one is computed too
     size = sharding.rounded_up(size, job.run.mesh)
     with tqdm(total=most, desc=name, unit="image", leave=False, disable=None) as bar:
         for k, batch in enumerate(evaluation_batches(source, size)):

@@ -17,7 +17,7 @@ from ddpm.evaluation.report import number
 from ddpm.modes.measures.job import Job, Measured, batches
 
 LEAST_PROBABILITY = 1e-12
-DEQUANTISED = "uniform dequantisation"  # a way of the flow, in evaluation.json
+DEQUANTISED = "uniform dequantisation"  # a variant of the flow, in evaluation.json
 
 
 def bound(job: Job) -> Measured:
@@ -105,8 +105,8 @@ def _curves(name: str, found: bounds.BoundSummary) -> list[str]:
 
 
 def flow_likelihood(job: Job) -> Measured:
-    """Measures bits/dim of held-out data, or where there are none of training data, by the
-    probability-flow ODE, the network not clipped."""
+    """Measures bits/dim of held-out data, or without any of training data, by the
+    probability-flow ODE, without clipping of the network."""
     split, source = next(iter(job.splits.items()))
     built = job.run.built
     e = built.config.evaluation
@@ -160,7 +160,7 @@ def flow_likelihood(job: Job) -> Measured:
 
 
 def _given(config: ConfigDict) -> str:
-    """Returns what the model is given of an image, or not."""
+    """Returns the conditioning that the figures depend on, as text."""
     parts = [
         (config.model.num_classes, "without label"),
         (config.model.low_resolution, "given its low resolution"),
