@@ -1,5 +1,7 @@
 """The bound by a few of its terms, drawn for each image: its mean is that of all."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -25,17 +27,20 @@ def sampled(x_0, keys, num_times, num_steps=50):
     )(x_0, keys)
 
 
+@functools.cache
+def all_terms(n):
+    schedule, exact = pair("linear", 50)
+    denoise = gaussian_denoiser(exact, MEAN, STD**2)
+    return jax.jit(
+        lambda x_0, key: likelihood.bits_per_dim(schedule, denoise, x_0, key, variance=fixed_small)
+    )(pixels(n), jax.random.key(3))
+
+
 @pytest.mark.parametrize("num_times", [1, 4])
 def test_few_terms_have_the_mean_of_all(num_times):
     n = 4000
-    schedule, exact = pair("linear", 50)
-    denoise, x_0 = gaussian_denoiser(exact, MEAN, STD**2), pixels(n)
-    found = sampled(x_0, jax.random.key(2), num_times)
-    whole = jax.jit(
-        lambda x_0: likelihood.bits_per_dim(
-            schedule, denoise, x_0, jax.random.key(3), variance=fixed_small
-        )
-    )(x_0)
+    found = sampled(pixels(n), jax.random.key(2), num_times)
+    whole = all_terms(n)
     difference = np.float64(found.total) - whole.total
     assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(n)
     assert difference.std() / np.sqrt(n) < 0.03 * whole.total.mean()
@@ -71,7 +76,7 @@ def test_an_example_is_noised_alike_in_any_batch():
     close(part.total, whole.total[3:], rtol=1e-5)
     schedule = schedules.linear(7)
     copy = lambda x_t, t: Prediction(x_t, x_t)  # noqa: E731
-    of = lambda x_0, k: likelihood.bits_per_dim(schedule, copy, x_0, k).total  # noqa: E731
+    of = jax.jit(lambda x_0, k: likelihood.bits_per_dim(schedule, copy, x_0, k).total)
     close(of(x_0[3:], keys[3:]), of(x_0, jax.random.key(1))[3:], rtol=1e-5)
 
 

@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 from scipy.special import logsumexp
 
-from ddpm import Prediction, UNet, denoiser, fixed_small, flow, sample_keys, schedules
-from tests.exact import close, gaussian_denoiser, mixture_denoiser, pair
+from ddpm import DiT, Prediction, denoiser, fixed_small, flow, sample_keys, schedules
+from tests.exact import close, gaussian_denoiser, levels, mixture_denoiser, pair
 
 LN2 = np.log(2)
 MEAN, STD = 0.1, 0.3
@@ -33,6 +33,12 @@ def log_mixture(x, alpha, variance):
     return logsumexp(np.stack(parts), axis=0, b=np.reshape(WEIGHTS, (3, 1)))
 
 
+@jax.jit
+def gaussian_density(schedule, exact_levels, x_1):
+    """Compiled once for all schedules of a length."""
+    return flow.log_density(schedule, gaussian_denoiser(exact_levels, MEAN, STD**2), x_1)
+
+
 @pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
 @pytest.mark.parametrize("num_steps", [50, 1000])
 def test_density_of_gaussian_data(name, num_steps):
@@ -40,7 +46,7 @@ def test_density_of_gaussian_data(name, num_steps):
     schedule, exact = pair(name, num_steps)
     mean, std = exact.alpha * MEAN, np.sqrt(exact.alpha_bar * STD**2 + exact.variance)
     x_1 = np.float32(np.random.default_rng(1).normal(mean[1], 2 * std[1], (20, 3)))
-    found = density(schedule, gaussian_denoiser(exact, MEAN, STD**2), x_1)
+    found = gaussian_density(schedule, levels(exact), x_1)
     x_last = mean[-1] + std[-1] / std[1] * (np.float64(x_1) - mean[1])
     expected = (stats.norm.logpdf(x_last) + np.log(std[-1] / std[1])).mean(-1)
     close(found.x_last, x_last, rtol=0, atol=2e-4)
@@ -163,15 +169,11 @@ def test_a_schedule_without_signal_is_refused():
 
 @functools.cache
 def network():
-    """A UNet with weights that are not its first ones, which say nothing of x."""
-    model = UNet(channels=4, channel_multipliers=(1,), num_res_blocks=1, num_groups=2,
-                 attention_resolutions=(4,), dropout=0.0)  # fmt: skip
-    x = jnp.zeros((1, 4, 4, 1))
-    params = model.init(jax.random.key(0), x, jnp.ones(1))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return model, jax.tree.unflatten(tree, noisy)
+    """A transformer with weights that are not its first ones, which say nothing of x."""
+    model = DiT(patch_size=2, channels=8, depth=1, head_channels=4)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4, 4, 1)), np.ones(1))
+    rng = np.random.default_rng(1)
+    return model, jax.tree.map(lambda p: p + np.float32(0.1 * rng.normal(size=p.shape)), params)
 
 
 def test_exact_trace_is_the_mean_of_the_probes_on_a_network():

@@ -89,7 +89,9 @@ def test_a_discrete_process_is_sampled_by_the_same_driver():
 
 
 def test_snapshots_of_a_discrete_chain_are_whole_and_unmasked_in_turn():
-    chain = run_chain(jax.random.key(1), Masking(), exact, (50, 2), times(T), snapshots=T)
+    chain = jax.jit(lambda key: run_chain(key, Masking(), exact, (50, 2), times(T), snapshots=T))(
+        jax.random.key(1)
+    )
     x_t = np.asarray(chain.x_t)
     assert x_t.dtype.kind == "i"
     assert (x_t[0] == MASK).all()
@@ -126,11 +128,13 @@ def test_a_gaussian_process_is_what_samples_and_bounds_are_made_of():
 
     process: Process = GaussianDiffusion(schedule)
     shape = (4, 3)
-    found = run_chain(key, process, denoise, shape, times(10))
-    expected = sample_chain(key, schedule, denoise, shape, sampler=ancestral(), snapshots=0)
+    found = jax.jit(lambda key: run_chain(key, process, denoise, shape, times(10)))(key)
+    expected = jax.jit(
+        lambda key: sample_chain(key, schedule, denoise, shape, sampler=ancestral(), snapshots=0)
+    )(key)
     assert np.asarray(found.x_0).tobytes() == np.asarray(expected.x_0).tobytes()
     x_0 = np.float32(np.random.default_rng(0).integers(0, 256, shape) / 127.5 - 1)
-    found = likelihood.bound(process, denoise, x_0, key)
-    expected = likelihood.bits_per_dim(schedule, denoise, x_0, key)
+    found = jax.jit(lambda *xs: likelihood.bound(process, denoise, *xs))(x_0, key)
+    expected = jax.jit(lambda *xs: likelihood.bits_per_dim(schedule, denoise, *xs))(x_0, key)
     for a, b in zip(found, expected, strict=True):
         close(a, b, rtol=0)

@@ -181,16 +181,21 @@ def test_convolution_pads_with_stride_2_at_the_bottom_and_right_only(stride, row
 @pytest.mark.parametrize(("channels", "groups"), [(8, 4), (12, 4), (6, 1), (4, 4)])
 def test_group_norm_is_that_of_flax(channels, groups):
     """Values and all gradients, of data off centre; the groups next to each other."""
-    x, g = jax.random.normal(jax.random.key(0), (2, 3, 5, 4, channels)) * 2
-    x += jnp.arange(channels)
-    scale, bias = jax.random.normal(jax.random.key(1), (2, channels))
-    results = []
-    for layer in (GroupNorm(groups), nn.GroupNorm(groups, epsilon=1e-6)):
-        params = {"scale": scale, "bias": bias}
-        value, pull = jax.vjp(lambda p, x, f=layer: f.apply({"params": p}, x), params, x)
-        of_params, of_x = pull(g)
-        results.append((value, of_params["scale"], of_params["bias"], of_x))
-    for found, expected in zip(*results, strict=True):
+    rng = np.random.default_rng(0)
+    x, g = np.float32(2 * rng.normal(size=(2, 3, 5, 4, channels)))
+    x += np.arange(channels, dtype=np.float32)
+    scale, bias = np.float32(rng.normal(size=(2, channels)))
+
+    @jax.jit
+    def both(params, x, g):
+        results = []
+        for layer in (GroupNorm(groups), nn.GroupNorm(groups, epsilon=1e-6)):
+            value, pull = jax.vjp(lambda p, x, f=layer: f.apply({"params": p}, x), params, x)
+            of_params, of_x = pull(g)
+            results.append((value, of_params["scale"], of_params["bias"], of_x))
+        return results
+
+    for found, expected in zip(*both({"scale": scale, "bias": bias}, x, g), strict=True):
         close(found, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -203,13 +208,16 @@ def test_group_norm_adds_its_epsilon_to_the_variance():
 
 @pytest.mark.parametrize(("size", "heads"), [(1.0, 1), (30.0, 1), (1.0, 3)])
 def test_attention_is_that_of_jax_on_every_backend(size, heads, monkeypatch):
-    q, k, v, g = jax.random.normal(jax.random.key(0), (4, 2, 9, 6)) * size
-    results = []
-    for backend in ("cpu", "gpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        attention = functools.partial(layers.attention, num_heads=heads)
+    q, k, v, g = np.float32(np.random.default_rng(0).normal(size=(4, 2, 9, 6))) * np.float32(size)
+    attention = functools.partial(layers.attention, num_heads=heads)
+
+    @functools.partial(jax.jit, static_argnames="backend")
+    def value_and_gradients(q, k, v, g, backend):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
         value, pull = jax.vjp(attention, q, k, v)
-        results.append((value, *pull(g)))
+        return value, *pull(g)
+
+    results = [value_and_gradients(q, k, v, g, backend) for backend in ("cpu", "gpu")]
     parts = []
     for i in range(0, 6, 6 // heads):
         of = slice(i, i + 6 // heads)  # the channels of a head stand next to each other

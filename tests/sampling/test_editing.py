@@ -27,12 +27,17 @@ def setting(name="linear", num_steps=20, variance=VARIANCE):
 def test_variation_from_the_last_time_is_a_sample_and_from_the_first_the_data():
     schedule, denoise, _ = setting("steep", 1000)  # nothing is left of x_0 at T
     x_0 = jnp.array([[3.0, -1.0], [2.0, 0.0]])
-    fresh = sample(KEY, schedule, denoise, x_0.shape, sampler=ddim(steps=10))
-    found = editing.vary(KEY, schedule, denoise, x_0, 1000, sampler=ddim(steps=10))
+    sampler = ddim(steps=10)
+    fresh, found = jax.jit(
+        lambda key: (
+            sample(key, schedule, denoise, x_0.shape, sampler=sampler),
+            editing.vary(key, schedule, denoise, x_0, 1000, sampler=sampler),
+        )
+    )(KEY)
     close(found, fresh, rtol=1e-6)
     schedule, denoise, exact = setting()
     gain = exact.alpha[1] * VARIANCE / (exact.alpha_bar[1] * VARIANCE + exact.variance[1])
-    near = editing.vary(KEY, schedule, denoise, x_0, 1)
+    near = jax.jit(lambda key: editing.vary(key, schedule, denoise, x_0, 1))(KEY)
     # The posterior mean of x_0 given x_1, whose noise is of sigma_1 = 0.01.
     close(near, MEAN + gain * (x_0 - MEAN), atol=4 * exact.sigma[1])
     assert (near != x_0).all()
@@ -63,21 +68,27 @@ def test_variation_is_of_the_law_of_noising_and_the_chain(t):
 def test_ends_of_an_interpolation_are_variations(sampler, shared_noise):
     schedule, denoise, _ = setting()
     first, last = jax.random.normal(jax.random.key(1), (2, 3, 4))
-    found = editing.interpolate(
-        KEY,
-        schedule,
-        denoise,
-        first,
-        last,
-        [0.0, 0.25, 1.0],
-        11,
-        sampler=sampler,
-        shared_noise=shared_noise,
-    )
+
+    @jax.jit
+    def edits(key, first, last):
+        vary = functools.partial(editing.vary, key, schedule, denoise, t=11, sampler=sampler)
+        found = editing.interpolate(
+            key,
+            schedule,
+            denoise,
+            first,
+            last,
+            [0.0, 0.25, 1.0],
+            11,
+            sampler=sampler,
+            shared_noise=shared_noise,
+        )
+        return found, vary(first), vary(last)
+
+    found, of_first, of_last = edits(KEY, first, last)
     assert found.shape == (3, 3, 4)
-    vary = functools.partial(editing.vary, KEY, schedule, denoise, t=11, sampler=sampler)
-    close(found[0], vary(first), rtol=1e-5, atol=1e-6)
-    end = np.abs(found[2] - vary(last))
+    close(found[0], of_first, rtol=1e-5, atol=1e-6)
+    end = np.abs(found[2] - of_last)
     assert end.max() < 1e-6 if shared_noise else end.min() > 1e-5
     # Gaussian data: the chain is affine in x_t, by the same noise for all fractions.
     close(found[1], 0.75 * found[0] + 0.25 * found[2], rtol=1e-4, atol=1e-5)
@@ -130,11 +141,11 @@ def test_edit_depends_on_the_examples_key_alone():
     schedule, denoise, _ = setting()
     x_0 = jax.random.normal(jax.random.key(1), (4, 3))
     keep = jnp.array([True, False, False])
-    for edit in (
+    for edit in map(jax.jit, (
         lambda key, x: editing.vary(key, schedule, denoise, x, 10),
         lambda key, x: editing.interpolate(key, schedule, denoise, x, -x, [0.5], 10)[0],
         lambda key, x: editing.inpaint(key, schedule, denoise, x, keep, resamplings=2),
-    ):
+    )):  # fmt: skip
         both = edit(KEY, x_0)
         close(edit(KEY, x_0[:2]), both[:2], rtol=1e-5, atol=1e-6)
         assert (edit(KEY, x_0) == both).all()
@@ -144,18 +155,20 @@ def test_edit_depends_on_the_examples_key_alone():
 
 def test_shared_chain_is_one_until_it_parts():
     schedule, denoise, _ = setting()
-    draw = functools.partial(editing.share, KEY, schedule, denoise, (4, 3), sampler=ancestral())
-    whole = sample(KEY, schedule, denoise, (4, 3))
+    arguments = schedule, denoise, (4, 3)
+    draw = lambda key, t: editing.share(key, *arguments, t, sampler=ancestral())  # noqa: E731
+    whole, *shared, last = jax.jit(
+        lambda key: [sample(key, *arguments), *(draw(key, t) for t in (20, 5, 2, 1))]
+    )(KEY)
     spread = []
-    for t in (20, 5, 2):
-        found = draw(t)
+    for found in shared:
         close(found[0], whole[0], rtol=1e-5, atol=1e-6)
         spread.append(float(np.abs(found[1:] - found[0]).mean()))
     assert spread[0] > spread[1] > spread[2] > 0
-    assert np.ptp(draw(1), axis=0).max() == 0  # the last step draws nothing
+    assert np.ptp(last, axis=0).max() == 0  # the last step draws nothing
     for t in (0, 21, 2.5):
         with pytest.raises(ValueError, match="one of the chain's times above 0"):
-            draw(t)
+            draw(KEY, t)
 
 
 # --- Inversion
@@ -212,9 +225,13 @@ def test_inversion_between_two_times_of_any_kind():
     schedule, denoise, _ = setting("linear", 1000)
     x = jnp.linspace(-1.0, 1.0, 6).reshape(3, 2)
     path = [903.5, 700, 412.25, 90]
-    found = editing.invert(schedule, denoise, x, times=path)
-    back = sample(KEY, schedule, denoise, x.shape, sampler=ddim(), times=path, x_t=found.x_t)
-    close(back, x, atol=1e-5)
+
+    @jax.jit
+    def there_and_back(x):
+        x_t = editing.invert(schedule, denoise, x, times=path).x_t
+        return sample(KEY, schedule, denoise, x.shape, sampler=ddim(), times=path, x_t=x_t)
+
+    close(there_and_back(x), x, atol=1e-5)
 
 
 def test_inversion_without_signal_or_of_wrong_times_is_refused():

@@ -236,7 +236,7 @@ def test_threshold_is_numpys_quantile(percentile):
 
 
 def share_of_class(denoiser, label, n=400, sampler=None):
-    """How many samples are nearest to each class's mean; their mean and variance."""
+    """How many samples are nearest to each class's mean, and the samples."""
     x_0 = jax.jit(
         lambda key: sample(
             key, SCHEDULE, denoiser, (n, 3), sampler=sampler or ancestral(fixed_small)

@@ -48,6 +48,20 @@ def flow_map(x, mean, variance):
     return alpha[1] * mean + spread[1] / spread[0] * (x - alpha[0] * mean)
 
 
+@functools.partial(jax.jit, static_argnames=("sampler", "n"))
+def fine_chain(x, mean, variance, sampler, n):
+    """A chain of n steps over the whole fine schedule, of any Gaussian data."""
+    return sample(
+        jax.random.key(0),
+        fine_schedule(),
+        exact_denoiser(mean, variance),
+        x.shape,
+        sampler=sampler,
+        times=1 + np.arange(n, -1, -1) * (FINE // n),
+        x_t=x,
+    )
+
+
 @pytest.mark.parametrize(
     ("sampler", "order"),
     [
@@ -68,16 +82,7 @@ def test_order_of_convergence(sampler, order, mean, variance):
         x = np.linspace(-2, 2, 9)[:, None]
         wanted, errors = flow_map(x, mean, variance), []
         for n in (FINE // 2, FINE):
-            t = 1 + np.arange(n, -1, -1) * (FINE // n)
-            found = sample(
-                jax.random.key(0),
-                fine_schedule(),
-                exact_denoiser(mean, variance),
-                x.shape,
-                sampler=sampler,
-                times=t,
-                x_t=jnp.asarray(x),
-            )
+            found = fine_chain(jnp.asarray(x), mean, variance, sampler, n)
             errors.append(np.abs(np.asarray(found) - wanted).max())
     assert found.dtype == np.float64
     assert abs(np.log2(errors[0] / errors[1]) - order) < 0.25
@@ -91,9 +96,9 @@ def test_the_adaptive_solver_reaches_its_tolerance():
     spread = np.sqrt(exact.alpha_bar * 0.25 + exact.variance)
     wanted = exact.alpha[1] * 0.4 + spread[1] / spread[-1] * (x - exact.alpha[-1] * 0.4)
     for tolerance in (1e-3, 1e-5):
-        sampler = probability_flow(tolerance)
-        x_1 = sample(
-            jax.random.key(0), schedule, denoise, x.shape, sampler=sampler, times=[1000, 1], x_t=x
+        draw = functools.partial(sample, sampler=probability_flow(tolerance), times=[1000, 1])
+        x_1 = jax.jit(lambda key, draw=draw: draw(key, schedule, denoise, x.shape, x_t=x))(
+            jax.random.key(0)
         )
         close(x_1, wanted, atol=20 * tolerance)
 

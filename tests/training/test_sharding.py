@@ -39,7 +39,8 @@ OBJECTIVES = {
     },
 }
 SMALL = {
-    "model__num_res_blocks": 1,
+    "model__name": "dit",  # the UNet is trained by hand
+    "model__depth": 1,
     "training__batch_size": 16,  # two for each of eight devices
     "training__log_every": 1,
     "training__checkpoint_every": 8,
