@@ -37,6 +37,11 @@ def pytest_configure(config):
     )
 
 
+def pytest_collection_modifyitems(items):
+    # Those of whole commands take longest: first, so that no worker is left with one in the end.
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     """Those of one file are of no use to the next, and together would fill gigabytes."""

@@ -7,9 +7,9 @@ import pytest
 
 from ddpm.evaluation import features
 from ddpm.training import sharding
-from tests.runs import command, run
+from tests.runs import UNET, command, run
 
-SMALL = {
+SMALL = UNET | {
     "model__num_classes": 10,
     "model__channels": 16,
     "model__channel_multipliers": "(1,2)",

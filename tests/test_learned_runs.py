@@ -17,7 +17,7 @@ from ddpm.build.schedule import noise_schedule
 from ddpm.data.sources import npz
 from ddpm.diffusion.pixels import to_float
 from ddpm.errors import InputError
-from ddpm.interop import weights
+from ddpm.interop import settings, weights
 from ddpm.modes.evaluate import evaluate
 from ddpm.modes.export import export
 from ddpm.modes.loading import load_run
@@ -243,6 +243,8 @@ def test_weights_of_others_and_for_others(whole, tmp_path):
     refused(said, "theirs.safetensors", config, load=weights.load)
     assert not (tmp_path / "new").exists()
     out = tmp_path / "out"
-    said = "noise_input = 'log_snr': such a network can be neither exported"
-    refused(said, config, whole, str(out), load=export)
+    said = "such a network can be neither exported"
+    refused(f"name = 'dit': {said}", config, whole, str(out), load=export)
+    config.model.name = "unet"
+    refused(f"noise_input = 'log_snr': {said}", config, load=settings.check_network)
     assert not out.exists()

@@ -137,7 +137,8 @@ def test_ctrl_c_with_nothing_to_save_is_one_line(uninterrupted, tmp_path, mode):
 def test_two_at_once_in_one_folder_are_refused(tmp_path):
     many = runs.command(tmp_path, training__steps=100_000, training__checkpoint_every=100_000)
     process = runs.start(many)
-    runs.wait_for(lambda: (tmp_path / "metrics.jsonl").exists())
+    metrics = tmp_path / "metrics.jsonl"
+    runs.wait_for(lambda: metrics.exists() and metrics.read_text())
     other = runs.run(many)
     assert other.returncode == 2
     assert "another process is training in" in other.stderr

@@ -17,10 +17,10 @@ from ddpm.interop import weights
 from ddpm.modes.export import export
 from ddpm.sampling.samplers import times
 from tests.interop.theirs import SCALE_SHIFT, UNETS, give_noise, make, save
-from tests.runs import command, final_state, run
+from tests.runs import UNET, command, final_state, run
 
 T = 20
-OURS = {
+OURS = UNET | {
     "model__channel_multipliers": "(1,2)",
     "model__attention_resolutions": "(4,)",
     "model__head_channels": 8,

@@ -104,7 +104,7 @@ def found(tmp_path_factory):
             train_all(folder)
         else:
             done = subprocess.run(
-                [sys.executable, "-m", "tests.training.test_sharding", str(folder)],
+                [sys.executable, "-m", "tests.test_sharding", str(folder)],
                 env=runs.environment(JAX_NUM_CPU_DEVICES=str(devices)),
                 cwd=runs.ROOT,
                 capture_output=True,
