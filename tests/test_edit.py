@@ -106,15 +106,18 @@ def test_variations(workdir, pictures, capsys):
     assert len({name, other, nearer, default}) == 4
 
 
-@pytest.mark.parametrize("by_mask", [True, False])
-def test_inpainting(workdir, pictures, tmp_path, capsys, by_mask):
+@pytest.mark.parametrize("kind", ["mask", "transparent", "box"])
+def test_inpainting(workdir, pictures, tmp_path, capsys, kind):
     hole = np.zeros((8, 8, 1), bool)
     hole[2:5, 1:8] = True
-    Image.fromarray(hole[..., 0].astype(np.uint8) * 255).save(tmp_path / "mask.png")
+    mask = hole[..., 0].astype(np.uint8) * 255
+    # White strokes on a layer that is transparent, as painting programs save it.
+    layers = np.stack([np.full_like(mask, 255), mask], axis=-1) if kind == "transparent" else mask
+    Image.fromarray(layers).save(tmp_path / "mask.png")
     by = {"editing__box": "(2,1,3,7)"}
-    if by_mask:
+    if kind != "box":
         by = {"editing__mask": str(tmp_path / "mask.png")}
-    how = None if by_mask else capsys
+    how = None if kind == "mask" else capsys
     images, sheet, name = edited(workdir, pictures, "inpaint", how, **by)
     table = cells(sheet, 2, 5)
     given, holed, results = table[:, :1], table[:, 1], table[:, 2:]
@@ -191,7 +194,10 @@ BOX = {"editing__box": "(0,0,4,4)"}
         ("0.png", {"editing__task": "interpolate"}, "two pictures or more"),
         ("0.png", MASK | {"editing__mask": "small.png"}, "is 6x8, the model's images are 8x8"),
         ("0.png", MASK | {"editing__mask": "none.png"}, "none.png: cannot be read"),
-        ("0.png", MASK | {"editing__mask": "black.png"}, "nothing would be painted"),
+        ("0.png", MASK | {"editing__mask": "black.png"}, "no white, .*greatest value is 0, white"),
+        ("0.png", MASK | {"editing__mask": "ones.png"}, "no white, .*value is 1, white is 128"),
+        ("0.png", MASK | {"editing__mask": "white.png"}, "is white all over: nothing would be"),
+        ("0.png", MASK | {"editing__box": "(0,0,8,8)"}, "is the image all over: nothing would"),
         ("0.png", MASK | {"editing__box": "(6,0,3,3)"}, r"\(6, 0, 3, 3\): .*the model's 8x8"),
         ("0.png", MASK | BOX | {"editing__jump_length": 20}, "jump_length = 20.* 20 steps"),
     ],
@@ -207,7 +213,8 @@ def test_wrong_pictures_masks_and_options(
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "large.npz", images=np.zeros((2, 9, 8, 1), np.uint8))
     Image.new("L", (8, 6), 255).save(tmp_path / "small.png")
-    Image.new("L", (8, 8), 0).save(tmp_path / "black.png")
+    for name, value in (("black", 0), ("ones", 1), ("white", 255)):
+        Image.new("L", (8, 8), value).save(tmp_path / f"{name}.png")
     with pytest.raises(InputError, match=said) as caught:
         mode.edit(config(**overrides), workdir, given)
     assert "\n" not in str(caught.value)

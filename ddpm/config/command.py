@@ -18,7 +18,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues | None = None) -> flags.
     or in the config file; the config's values are not checked.
     """
     values = flags.FlagValues() if values is None else values
-    argv = _config_first(argv)
+    argv = _last_of_each(_config_first(argv))
     try:
         config_flags.DEFINE_config_file(
             "config",
@@ -53,9 +53,8 @@ def overrides(argv: Sequence[str]) -> list[str]:
     """Returns the arguments that override keys of the config, each in one piece."""
     found: list[str] = []
     for argument, after in zip(argv, [*argv[1:], "-"], strict=True):
-        name = argument.lstrip("-")
-        if argument.startswith("-") and name.startswith(("config.", "noconfig.")):
-            alone = "=" in name or after.startswith("-")
+        if _key(argument) is not None:
+            alone = "=" in argument or after.startswith("-")
             found.append(argument if alone else f"{argument}={after}")
     return found
 
@@ -81,6 +80,31 @@ def _config_first(argv: Sequence[str]) -> list[str]:
             rest.pop(i)
             return [program, chosen, *rest]
     return list(argv)
+
+
+def _last_of_each(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with the last override of each key alone: absl would append the values
+    of a tuple that is given twice."""
+    kept: list[str] = []
+    seen: set[str] = set()
+    for i in range(len(argv) - 1, -1, -1):
+        name = _key(argv[i])
+        if name is None:
+            kept.append(argv[i])
+        elif name not in seen:
+            seen.add(name)
+            kept.append(argv[i])
+        elif "=" not in argv[i] and i + 1 < len(argv) and not argv[i + 1].startswith("-"):
+            kept.pop()  # its value
+    return kept[::-1]
+
+
+def _key(argument: str) -> str | None:
+    """Returns the key that an argument overrides, None for any other argument."""
+    name = argument.lstrip("-").split("=")[0]
+    if argument.startswith("-") and name.startswith(("config.", "noconfig.")):
+        return name.split("config.", 1)[1]
+    return None
 
 
 def _wrong_key(argv: Sequence[str]) -> str:

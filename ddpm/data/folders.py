@@ -78,14 +78,15 @@ def _list_images(root: Path) -> list[Path]:
     if not root.is_dir():
         kind = "is not a folder" if root.exists() else "there is no such folder"
         raise InputError(f"{root}: {kind}; data.path must name a folder of images")
-    known, seen, files, others = extensions(), set(), [], 0
+    known, files, others = extensions(), [], 0
+    ancestors = {str(root): {os.path.realpath(root)}}  # of each folder, and itself
     for place, folders, names in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(place))  # links may lead back up: each folder is walked once
-        folders[:] = [
-            f
-            for f in sorted(folders)
-            if not f.startswith(".") and os.path.realpath(os.path.join(place, f)) not in seen
-        ]
+        above, below = ancestors.pop(place), {}
+        for f in sorted(folders):
+            real = os.path.realpath(os.path.join(place, f))
+            if not f.startswith(".") and real not in above:  # a link may lead back up
+                below[f] = ancestors[os.path.join(place, f)] = above | {real}
+        folders[:] = below
         here = [Path(place, n).relative_to(root) for n in names if not n.startswith(".")]
         files += [f for f in here if f.suffix.lower() in known]
         others += sum(f.suffix.lower() not in known for f in here)

@@ -24,18 +24,23 @@ def extensions() -> frozenset[str]:
 
 
 def read_image(
-    file: Path | bytes, *, channels: int, image_size: tuple[int, int] | None, name: str = ""
+    file: Path | bytes,
+    *,
+    channels: int,
+    image_size: tuple[int, int] | None,
+    name: str = "",
+    background: str = "white",
 ) -> np.ndarray:
     """Reads a file, or its bytes, as uint8[height, width, channels]; channels is 1 or 3.
 
-    EXIF orientation is applied, transparency composited on white, 16 bits scaled to 8; of an
-    animation the first frame is read. With image_size (height, width) the image is cropped to
+    EXIF orientation is applied, transparency composited on `background`, 16 bits scaled to 8; of
+    an animation the first frame is read. With image_size (height, width) the image is cropped to
     that aspect ratio around its centre and resized. Raises InputError, with the name (by default
     the path), where the image cannot be read.
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            flat = _flatten(ImageOps.exif_transpose(image), channels)
+            flat = _flatten(ImageOps.exif_transpose(image), channels, background)
         if image_size is not None:
             flat = crop_and_resize(flat, image_size)
     except Exception as error:  # Pillow's readers raise many kinds: OSError, SyntaxError, ..
@@ -71,14 +76,13 @@ def crop_and_resize(image: Image.Image, image_size: tuple[int, int]) -> Image.Im
     return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
-def _flatten(image: Image.Image, channels: int) -> Image.Image:
+def _flatten(image: Image.Image, channels: int, background: str) -> Image.Image:
     """Converts any mode of Pillow's to 'L' or 'RGB'."""
     if image.mode[0] in "IF":
         image = _eight_bits(image)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("L" if channels == 1 else "RGB")
 
 

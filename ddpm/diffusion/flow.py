@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from ddpm.diffusion import streams
 from ddpm.diffusion.bound_terms import BITS_PER_NAT, decoder_nll
 from ddpm.diffusion.gaussian import fixed_large, per_example_mean, q_sample
-from ddpm.diffusion.pixels import HALF_BIN
+from ddpm.diffusion.pixels import HALF_BIN, check_scaled
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule, require_signal
 from ddpm.diffusion.streams import keys_per_example, normal
@@ -89,7 +89,9 @@ def transport(
         return jnp.sqrt(per_example_mean(error**2)).max()
 
     first, last = (-schedule.at(jnp.asarray(time, float)).high / 2 for time in (t, s))
-    end, calls = _solve(velocity, first, last, jnp.asarray(x_t, jnp.float32), tolerance, worst)
+    end, calls = _solve(
+        velocity, first, last, jnp.asarray(check_scaled(x_t, "x_t"), jnp.float32), tolerance, worst
+    )
     return Transported(end, calls)
 
 
@@ -115,7 +117,7 @@ def log_density(
     Raises ValueError for a schedule without signal at T, where u is infinite.
     """
     require_signal(schedule, NO_END)
-    x_1 = jnp.asarray(x_1, jnp.float32)
+    x_1 = jnp.asarray(check_scaled(x_1, "x_1"), jnp.float32)
     shape = x_1.shape
     probe = None
     if key is not None:
@@ -213,7 +215,7 @@ def dequantised_bits_per_dim(
       x_0: 8-bit data as k/127.5 - 1, [B, ...].
       key: one key or B; draws u and the probe.
     """
-    keys = keys_per_example(key, len(x_0))
+    x_0, keys = check_scaled(x_0), keys_per_example(key, len(x_0))
     draw = jax.vmap(
         lambda key: jax.random.uniform(
             jax.random.fold_in(key, streams.FLOW_NOISE),

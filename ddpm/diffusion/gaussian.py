@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ddpm.diffusion.pixels import HALF_BIN
+from ddpm.diffusion.pixels import HALF_BIN, check_scaled
 from ddpm.diffusion.schedules import NoiseSchedule, Schedule, Transition
 
 
@@ -49,8 +49,12 @@ def per_example_mean(x: jax.Array) -> jax.Array:
 
 
 def q_sample(schedule: Schedule, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
-    """Returns x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Eq. 4); x_0 at t = 0."""
+    """Returns x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Eq. 4); x_0 at t = 0.
+
+    Raises ValueError for x_0 that is not scaled (of integers).
+    """
     same_shape(x_0=x_0, eps=eps)
+    x_0 = check_scaled(x_0)
     level = schedule.at(t)
     return expand_like(level.alpha, x_0) * x_0 + expand_like(level.sigma, x_0) * eps
 

@@ -100,7 +100,7 @@ def bits_per_dim(
     prediction that is not in the shape of x_0.
     """
     process = GaussianDiffusion(schedule, variance, floor=floor)
-    return bound(process, denoiser, check_scaled(x_0), key, times=times)
+    return bound(process, denoiser, jnp.float32(check_scaled(x_0)), key, times=times)
 
 
 def bound(
@@ -157,7 +157,7 @@ def sampled_bits_per_dim(
     if num_times < 1 or last < 2:
         raise ValueError(f"{num_times} of T - 1 = {last - 1} terms: at least one needed")
     process = GaussianDiffusion(schedule, variance, floor=floor)
-    x_0, keys = check_scaled(x_0), keys_per_example(key, len(x_0))
+    x_0, keys = jnp.float32(check_scaled(x_0)), keys_per_example(key, len(x_0))
     probability = 1 / np.arange(2, last + 1)
     probability /= probability.sum()
     offset = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, streams.OFFSET)))(keys)

@@ -23,8 +23,10 @@ def to_uint8(images: Any) -> Any:
     return ((images.astype(np.float32) + 1) * HALF_RANGE).round().clip(0, 255).astype(np.uint8)
 
 
-def check_scaled(x_0: jax.Array) -> jax.Array:
-    """Returns x_0 as float32. Raises ValueError for integers, which are not scaled yet."""
-    if not jnp.issubdtype(x_0.dtype, jnp.floating):
-        raise ValueError(f"x_0 is of {x_0.dtype}: must be scaled to [-1, 1], k/127.5 - 1")
-    return jnp.asarray(x_0, jnp.float32)
+def check_scaled(x: Any, name: str = "x_0") -> jax.Array:
+    """Returns x as it is, of a floating type. Raises ValueError for integers, which are not scaled
+    yet; `name` is what the argument is called."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} is of {x.dtype}: must be scaled to [-1, 1], k/127.5 - 1")
+    return x

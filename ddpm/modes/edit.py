@@ -92,13 +92,19 @@ def _keep(run: Run) -> np.ndarray:
     """Returns the mask of pixels to keep, bool[H, W, 1], from config.editing.mask or .box."""
     e, (height, width, _) = run.built.config.editing, run.built.image_shape
     if e.mask:
-        mask = read_image(Path(e.mask).expanduser(), channels=1, image_size=None)
+        file = Path(e.mask).expanduser()
+        mask = read_image(file, channels=1, image_size=None, background="black")
         if mask.shape[:2] != (height, width):
             raise InputError(
                 f"config.editing.mask = {e.mask!r} is {by(mask.shape[:2])}, the model's images "
                 f"are {by((height, width))} (height x width): make it exactly that size"
             )
         keep = mask < 128
+        if keep.all():
+            raise InputError(
+                f"config.editing.mask = {e.mask!r} has no white, which is what is painted: its "
+                f"greatest value is {mask.max()}, white is 128..255"
+            )
     else:
         top, left, rows, columns = e.box
         if top + rows > height or left + columns > width:
@@ -108,8 +114,11 @@ def _keep(run: Run) -> np.ndarray:
             )
         keep = np.ones((height, width, 1), bool)
         keep[top : top + rows, left : left + columns] = False
-    if keep.all():
-        raise InputError(f"config.editing.mask = {e.mask!r} has no white: nothing would be painted")
+    if not keep.any():
+        what = f"mask = {e.mask!r} is white" if e.mask else f"box = {tuple(e.box)} is the image"
+        raise InputError(
+            f"config.editing.{what} all over: nothing would be kept; use --mode=sample instead"
+        )
     return keep
 
 

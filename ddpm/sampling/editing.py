@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm.diffusion.gaussian import q_sample, q_step, same_shape
+from ddpm.diffusion.pixels import check_scaled
 from ddpm.diffusion.predictions import Denoiser, Prediction
 from ddpm.diffusion.process import Noise, StepInfo, StepResult, no_memory
 from ddpm.diffusion.schedules import NoiseSchedule, require_signal
@@ -177,7 +178,7 @@ def inpainting(sampler: Sampler, x_0: jax.Array, keep: jax.typing.ArrayLike) -> 
     """
     if sampler.memory is not no_memory:
         raise ValueError("inpainting jumps back in time: it needs a sampler without a memory")
-    keep, x_0 = jnp.asarray(keep), jnp.asarray(x_0, jnp.float32)
+    keep, x_0 = jnp.asarray(keep), jnp.asarray(check_scaled(x_0), jnp.float32)
     if keep.dtype != bool:
         raise ValueError(f"keep is of dtype {keep.dtype}: must be bool, True where x_0 is known")
     try:
@@ -295,7 +296,7 @@ def invert(
     if falling[0] == schedule.num_steps:
         require_signal(schedule, "from which no x_0 can be found")
     rising = jnp.asarray(falling[::-1].copy())
-    x_0 = jnp.asarray(x_0, jnp.float32)
+    x_0 = jnp.asarray(check_scaled(x_0), jnp.float32)
 
     def predict(x: jax.Array, t: jax.Array) -> Prediction:
         return denoiser(x, jnp.broadcast_to(t, x.shape[:1]))
@@ -366,7 +367,7 @@ def _noised(
     with."""
     t = check_times(times, schedule.num_steps)
     eps = normal(keys, _stream(times, schedule), x_0.shape[1:])
-    return q_sample(schedule, jnp.asarray(x_0, jnp.float32), jnp.asarray(t)[0], eps)
+    return q_sample(schedule, jnp.asarray(check_scaled(x_0), jnp.float32), jnp.asarray(t)[0], eps)
 
 
 def _stream(times: list[Any], schedule: NoiseSchedule) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm.diffusion.flow import NO_END
+from ddpm.diffusion.pixels import check_scaled
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.process import GaussianDiffusion, Process, StepInfo
 from ddpm.diffusion.schedules import NoiseSchedule, require_signal
@@ -75,7 +76,7 @@ def sample_chain(
         times = samplers.times(schedule.num_steps, sampler.steps)
     times = check_chain(schedule, sampler, times)
     process = GaussianDiffusion(schedule, step=sampler.step, make_memory=sampler.memory)
-    start = None if x_t is None else jnp.asarray(x_t, float)
+    start = None if x_t is None else jnp.asarray(check_scaled(x_t, "x_t"), float)
     return run_chain(key, process, denoiser, shape, times, x_t=start, snapshots=snapshots)
 
 

@@ -1,15 +1,18 @@
 """A wrong key or value stops at start, in one line, with what is allowed."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 
 from ddpm.build import experiment
 from ddpm.build.checks import validate
 from ddpm.build.data import check_labels
 from ddpm.build.schedule import SCHEDULES, noise_schedule
 from ddpm.config import default, flatten, to_json
+from ddpm.config.command import overrides, parse
 from ddpm.config.same_run import check_same_run
 from ddpm.data.sources import ArraySource
 from ddpm.errors import InputError
@@ -161,6 +164,29 @@ def test_a_run_folder_of_other_settings_is_refused_but_may_train_longer():
     said = "runs/x holds a run with config.model.channels = 128, this one says 64"
     with pytest.raises(InputError, match=re.escape(said)):
         check_same_run(config, saved, "runs/x")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--config.model.channel_multipliers=(1,2)", "--config.model.channel_multipliers=(1,2,2)"],
+         {"model.channel_multipliers": (1, 2, 2)}),
+        (["--config.evaluation.seeds", "(0,)", "--workdir=x", "--config.evaluation.seeds", "(1,)"],
+         {"evaluation.seeds": (1,)}),
+        (["--config.data.flip", "--config.model.channels=8", "--noconfig.data.flip"],
+         {"data.flip": False, "model.channels": 8}),
+        (["--config.model.channels", "8", "--config.model.channels=16"], {"model.channels": 16}),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_of_a_flag_given_twice_the_last_wins(given, expected):
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", "", "", flag_values=values)
+    file = f"--config={Path(__file__).parents[2] / 'configs' / 'cifar10.py'}"
+    found = parse(["main.py", file, *given], values)
+    assert expected.items() <= flatten(found.config.to_dict()).items()
+    # A sweep hands the overrides on to each of its runs, and reads them in the same way.
+    assert parse(["main.py", file, *overrides(given)]).config.to_json() == found.config.to_json()
 
 
 def test_flatten():

@@ -204,6 +204,29 @@ def test_linked_folders_are_followed_but_not_for_ever(tmp_path):
     assert source.num_classes == 2
 
 
+def test_a_folder_with_links_to_it_keeps_its_own_class(tmp_path):
+    """Only a folder's own ancestors end a walk; so do loops through several links."""
+    root = tmp_path / "root"
+    for name in ("cat/0", "cat/1", "dog/puppies/0", "dog/puppies/1", "dog/puppies/2"):
+        save(root / f"{name}.png", noise(8, 8))
+    (root / "animals").symlink_to(root / "dog" / "puppies")
+    source = folder(root)
+    assert (len(source), source.num_classes) == (8, 3)
+    assert np.bincount(source.read(np.arange(8)).label).tolist() == [3, 2, 3]
+    (root / "cat" / "friends").symlink_to(root / "dog")  # cat -> dog -> cat -> ..
+    (root / "dog" / "friends").symlink_to(root / "cat")
+    assert np.bincount(folder(root).read(np.arange(13)).label).tolist() == [3, 5, 5]
+
+    shared = tmp_path / "shared"
+    for i in range(5):
+        save(shared / f"{i}.png", noise(8, 8))
+    (tmp_path / "links").mkdir()
+    for name in "ab":
+        (tmp_path / "links" / name).symlink_to(shared)
+    source = folder(tmp_path / "links")
+    assert (len(source), source.num_classes) == (10, 2)
+
+
 def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         folder(tmp_path / "nowhere")
