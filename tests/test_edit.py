@@ -151,7 +151,7 @@ def test_reconstruction_of_data(workdir, tmp_path):
     table = cells(sheet, 5, 3)
     assert (table[:, 0] == given).all()
     assert (table[:, 2] == images).all()
-    # The network is hardly trained; what it comes to is told.
+    # The network is hardly trained; what it comes to is printed.
     off = np.abs(images.astype(int) - given)
     found = re.search(r"reconstructed to ([\d.]+) of 255 levels on average, (\d+) at most", printed)
     assert float(found[1]) == pytest.approx(off.mean(), rel=0.01)

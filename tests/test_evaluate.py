@@ -191,7 +191,7 @@ def test_given_samples_are_judged(workdir, tmp_path):
 
 
 def test_without_held_out_data(workdir):
-    """The flow is of training data, the floor of one half of them beside the other."""
+    """The flow is of training data, the floor of one half of them against the other."""
     parts = "('flow','distances')"
     done = evaluate(workdir, evaluation__split="", evaluation__parts=parts)
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ PROSE = [ROOT / "main.py", *FILES]
 PROSE += sorted(
     f for name in ("configs", "examples", "benchmarks") for f in (ROOT / name).rglob("*.py")
 )
+TESTS = sorted(f for f in (ROOT / "tests").rglob("*.py") if f != Path(__file__))
 # What a noun phrase does not begin with.
 STRAY = {"Of", "By", "What", "With", "For", "As", "To", "Where", "From", "How", "In", "On", "At",
          "Whether", "Beside", "Between", "Without", "When", "If", "So", "Also", "Not", "Than",
@@ -134,7 +135,7 @@ def test_public_functions_have_docstrings():
 def test_old_names_are_gone():
     old = ("lift", "Guessing", "Beside", "Stride", "Stepped", "CLOSE_LEVELS", "_per_time",
            "by_log_snr", "write_whole")  # fmt: skip
-    for file in [*PROSE, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for file in [*PROSE, *TESTS, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         words = set(re.findall(r"\w+", file.read_text()))
         odd = words & ({"told", *old} if file.suffix == ".py" else {"told"})
         assert not odd, (file, odd)

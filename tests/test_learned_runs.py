@@ -80,11 +80,11 @@ def test_the_schedule_moved_and_is_what_the_run_samples_by(whole):
             0.01 < abs(end - start) < 0.1 for end, start in zip(ends, (13.3, -5), strict=True)
         )
     assert raw.params[LEARNED_SCHEDULE]["height"].shape == (64,)
-    # The network is read by it too: told of the noise as it is there.
-    told = [built.objective.denoiser(lambda x, t: t[:, None] + 0 * x) for built in
+    # The network is read by it too: given the noise as it is there.
+    denoisers = [built.objective.denoiser(lambda x, t: t[:, None] + 0 * x) for built in
             (raw.built, begin)]  # fmt: skip
     x_t, t = np.zeros((1, 2), np.float32), np.array([20])
-    now, before = (denoise(x_t, t).eps.max() for denoise in told)  # alpha times what it is told
+    now, before = (denoise(x_t, t).eps.max() for denoise in denoisers)  # alpha times its input
     assert abs(now / before - 1) > 1e-3
 
 

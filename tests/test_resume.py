@@ -1,4 +1,4 @@
-"""Stopping and starting again loses nothing: the real command, killed, resumed, told to stop."""
+"""Stopping and starting again loses nothing: the real command, killed, resumed, asked to stop."""
 
 import json
 import os

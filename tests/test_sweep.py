@@ -213,7 +213,7 @@ def test_what_is_evaluated_half_is_not_finished(tmp_path, about):
         sweep.sweep(rows, [0], tmp_path, script)
 
 
-def test_a_run_that_diverges_is_told(tmp_path, capsys):
+def test_a_run_that_diverges_is_reported(tmp_path, capsys):
     """And the sweep goes on; nor is it run again."""
     calls = "(folder.parent / 'calls').open('a').write(mode + '\\n'); sys.exit(3)"
     script = stand_in(tmp_path, calls)

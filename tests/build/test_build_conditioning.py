@@ -1,4 +1,4 @@
-"""Config -> what the network is told beside x_t, t and a label; what does not go together."""
+"""Config -> what the network is given besides x_t, t and a label; what does not go together."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ ALL = {"training__self_conditioning": True, "training__augmentation": 0.5,
         (ALL, 2, 10),
     ],
 )
-def test_network_takes_what_it_is_told(changes, channels, features):
+def test_network_takes_what_it_is_given(changes, channels, features):
     built = experiment.build(of(**changes), SHAPE)
     assert (built.model.condition_channels, built.model.num_features) == (channels, features)
     assert (built.prepare is None) == (features == 0)
@@ -56,24 +56,24 @@ def test_what_a_step_prepares():
     """The small image is that of the augmented one; the features tell both; levels are uniform."""
     built = experiment.build(of(**ALL), SHAPE)
     x_0 = np.random.default_rng(0).uniform(-1, 1, (4000, *SHAPE)).astype(np.float32)
-    augmented, beside = jax.jit(built.prepare)(jax.random.key(0), x_0)
-    assert beside.features.shape == (4000, 10)
-    untouched = (np.asarray(beside.features[:, :9]) == 0).all(axis=1)
+    augmented, conditions = jax.jit(built.prepare)(jax.random.key(0), x_0)
+    assert conditions.features.shape == (4000, 10)
+    untouched = (np.asarray(conditions.features[:, :9]) == 0).all(axis=1)
     assert 0 < untouched.sum() < 4000
     assert (augmented[untouched] == x_0[untouched]).all()
-    level = np.asarray(beside.features[:, 9], np.float64)
+    level = np.asarray(conditions.features[:, 9], np.float64)
     assert 0 <= level.min() < level.max() <= 0.4
     assert abs(level.mean() - 0.2) < 4 * 0.4 / np.sqrt(12 * 4000)
     small = averaged(augmented, (4, 4))
     # Of the noise that was added, enlarged again, the corner is the small image's.
-    corner = np.float64(beside.image[:, 0, 0, 0] - np.sqrt(1 - level**2) * small[:, 0, 0, 0])
+    corner = np.float64(conditions.image[:, 0, 0, 0] - np.sqrt(1 - level**2) * small[:, 0, 0, 0])
     assert abs((corner / level).std() - 1) < 0.05
     config = of(**ALL | {"training__low_resolution_noise": 0.0})
-    augmented, beside = jax.jit(conditioning.prepare(config, SHAPE))(jax.random.key(0), x_0)
-    close(beside.image, enlarged(averaged(augmented, (4, 4)), (8, 8)), atol=1e-5)
+    augmented, conditions = jax.jit(conditioning.prepare(config, SHAPE))(jax.random.key(0), x_0)
+    close(conditions.image, enlarged(averaged(augmented, (4, 4)), (8, 8)), atol=1e-5)
 
 
-def test_samples_and_bounds_are_told_alike():
+def test_samples_and_bounds_are_given_alike():
     """The denoiser of the bound, of x_0's own small image, is that of a sample made from it."""
     built = experiment.build(of(**ALL, sampling__low_resolution_noise=0.2), SHAPE)
     rng = np.random.default_rng(1)
@@ -87,8 +87,8 @@ def test_samples_and_bounds_are_told_alike():
     close(jax.jit(steered)(x_t, t).x_0, bound, atol=1e-5)
     first = jax.jit(steered.from_estimate(jnp.zeros_like(x_t)))(x_t, t).x_0
     assert np.abs(first - bound).max() > 1e-3  # the guess is seen
-    told = conditioning.given(built.config, SHAPE[:2], small, np.arange(3)).features
-    close(told, np.tile([0.0] * 9 + [0.2], (3, 1)))  # nothing augmented, and the noise's level
+    features = conditioning.given(built.config, SHAPE[:2], small, np.arange(3)).features
+    close(features, np.tile([0.0] * 9 + [0.2], (3, 1)))  # nothing augmented, and the noise's level
     # With numbers there is noise in the small image, each sample's own, in whatever batch.
     noised = lambda i: jax.jit(built.steered_denoiser(params, i, small[i]))(x_t[i], t[i]).x_0  # noqa: E731
     whole = noised(np.arange(3))
@@ -96,7 +96,7 @@ def test_samples_and_bounds_are_told_alike():
     close(noised(np.array([2])), whole[2:], atol=1e-5)
 
 
-def test_a_step_trains_all_that_is_told():
+def test_a_step_trains_all_that_is_given():
     built = experiment.build(of(**ALL, training__warmup_steps=0), SHAPE)
     step = jax.jit(make_train_step(
         built.model, built.objective, built.optimizer, ema_decay=0.9, seed=0,
@@ -143,7 +143,7 @@ def test_a_small_size_must_divide_the_images(size):
 
 
 @pytest.mark.parametrize("key", list(ALL))
-def test_a_run_keeps_what_it_is_told(key):
+def test_a_run_keeps_its_conditioning(key):
     saved = to_json(of(**ALL))
     before = check_same_run(of(**ALL, sampling__low_resolution_noise=0.1), saved, "run")
     assert before == []

@@ -162,7 +162,7 @@ def test_a_step_is_finite_and_trains_every_parameter(changes):
         ("symmetric_downsampling", True),
     ],
 )
-def test_dit_is_not_told_what_is_of_the_unet(key, value):
+def test_dit_is_not_given_what_is_of_the_unet(key, value):
     config = of(model__name="dit", **{f"model__{key}": value})
     with pytest.raises(InputError, match=rf"config.model.{key} = {value!r}: is of the UNet alone"):
         experiment.build(config, SHAPE)
@@ -253,14 +253,14 @@ def test_what_comes_without_these_options_is_read_without_them():
     changes = {"name": "dit", "up_down": "resblock", "skip_scale": 0.5, "scale_shift": True}
     changes |= {"time_features": "fourier", "input_features": (1,), "noise_input": "log_snr"}
     config, _ = with_settings(default(), model=changes)
-    config, told = with_settings(config, model=found)
+    config, messages = with_settings(config, model=found)
     settings.check_network(config)
     assert build_network(config, (8, 8, 3)) == UNet(
         channels=16, channel_multipliers=(1, 2), attention_resolutions=(), num_groups=4,
         norm_epsilon=1e-5, symmetric_downsampling=True, cosines_first=True, frequency_shift=0,
         out_channels=3, dtype=jnp.dtype("float32"),
     )  # fmt: skip
-    assert all(any(f"config.model.{key} = " in line for line in told) for key in changes)
+    assert all(any(f"config.model.{key} = " in line for line in messages) for key in changes)
 
 
 def test_a_run_read_from_its_json_is_exported_as_before():

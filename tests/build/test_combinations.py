@@ -205,7 +205,7 @@ def test_flow_that_cannot_be_is_refused_before_anything_is_computed(values, said
         prepare(run, tmp_path, data, data, ["bound", "flow"])
 
 
-def test_what_diffusers_is_not_told_is_not_exported(tmp_path):
+def test_what_diffusers_cannot_say_is_not_exported(tmp_path):
     for values in (
         {"diffusion__prediction": "v"},
         {"diffusion__variance": "learned_range", "training__loss": "hybrid"},

@@ -65,6 +65,6 @@ def test_exported_as_it_is_and_read_back_without_a_shift(name):
     written = settings.to_scheduler_config(config, schedule)
     close(written["trained_betas"], schedule.beta[1:], rtol=1e-6)
     theirs = settings.noise_settings(written, "here")
-    config, told = with_settings(config, diffusion=theirs.diffusion)
-    assert "config.diffusion.reference_resolution = 0" in told
+    config, messages = with_settings(config, diffusion=theirs.diffusion)
+    assert "config.diffusion.reference_resolution = 0" in messages
     close(noise_schedule(config, (8, 8, 1)).beta, schedule.beta, rtol=1e-4)

@@ -134,9 +134,9 @@ def test_another_denoiser_is_refused():
 def test_arguments_of_the_network():
     assert Conditioning().arguments(2) == {}
     guess, image = np.full((2, 4, 4, 1), 3.0), np.full((1, 4, 4, 1), 0.5)
-    told = Conditioning(image, np.ones((1, 5))).arguments(2, guess)
-    assert told["features"].shape == (2, 5)
-    assert (told["condition"] == np.broadcast_to([1.0, 0.5], (2, 4, 4, 2))).all()  # clipped
+    arguments = Conditioning(image, np.ones((1, 5))).arguments(2, guess)
+    assert arguments["features"].shape == (2, 5)
+    assert (arguments["condition"] == np.broadcast_to([1.0, 0.5], (2, 4, 4, 2))).all()  # clipped
 
 
 def test_small_images_are_means_of_blocks():
@@ -152,8 +152,8 @@ def test_small_images_are_means_of_blocks():
 def test_noise_in_the_small_image_is_of_its_level_and_none_at_zero():
     z, noise = (np.float32(RNG.normal(size=(3, 4, 4, 1))) for _ in range(2))
     level = np.float32([0.0, 0.6, 0.8])
-    image, told = jax.jit(lambda *a: network_inputs.low_resolution(*a, (4, 4)))(z, level, noise)
-    close(told[:, 0], level)
+    image, levels = jax.jit(lambda *a: network_inputs.low_resolution(*a, (4, 4)))(z, level, noise)
+    close(levels[:, 0], level)
     keep, add = np.array([1, 0.8, 0.6]), np.float64(level)
     expected = keep[:, None, None, None] * z + add[:, None, None, None] * noise
     close(image, expected, rtol=1e-5, atol=1e-6)

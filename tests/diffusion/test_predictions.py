@@ -153,7 +153,7 @@ def test_clipping_to_another_range():
     close(f(x, jnp.array([3])).x_0, [[0.2, 0.3, 0.5]], rtol=1e-6)
 
 
-def test_network_reads_as_eps_unless_told():
+def test_network_reads_as_eps_unless_set():
     schedule = schedules.linear(10)
     x, t = jnp.ones((2, 3)), jnp.array([1, 10])
     network = lambda x, t: 0.1 * x * t[:, None]  # noqa: E731
@@ -242,7 +242,7 @@ def test_preconditioning_needs_some_signal_at_the_end():
         wrong(jnp.ones((2, 3)), jnp.array([1, 2]))
 
 
-def told_by_log_snr(log_snr):
+def schedules_with(log_snr):
     """Ways to have it: continuous, of a table between its times, of a batch as it is learned."""
     found = {
         "linear": continuous.linear(15.0, -12.0),
@@ -256,17 +256,17 @@ def told_by_log_snr(log_snr):
 
 
 @pytest.mark.parametrize("name", [*list(READINGS)[:4], "preconditioned"])  # of a single time
-def test_told_by_log_snr_a_network_says_the_same_of_any_schedule(name):
+def test_given_log_snr_a_network_says_the_same_of_any_schedule(name):
     """At one log-SNR, whatever the time there: the whole denoiser, by each reading of it."""
     log_snr = np.float32([8.0, 3.5, 0.0, -2.0, -9.0])
     x_t = np.float32(np.random.default_rng(6).normal(size=(5, 4)))
     seen, said = [], []
 
-    def network(x, told):
-        seen.append(told)
-        return jnp.tanh(x * jnp.cos(told / 50)[:, None])
+    def network(x, time):
+        seen.append(time)
+        return jnp.tanh(x * jnp.cos(time / 50)[:, None])
 
-    for schedule, t in told_by_log_snr(log_snr):
+    for schedule, t in schedules_with(log_snr):
         if name == "preconditioned":
             denoise = predictions.preconditioned(schedule, network)
         else:
@@ -275,15 +275,19 @@ def test_told_by_log_snr_a_network_says_the_same_of_any_schedule(name):
         said.append(denoise(x_t, t))
     expected = -log_snr / 8 if name == "preconditioned" else 25 * (20 - log_snr)
     alpha, sigma = 1 / np.sqrt(1 + np.exp(-log_snr)), 1 / np.sqrt(1 + np.exp(log_snr))
-    for told, found in zip(seen, said, strict=True):
-        close(told, expected, rtol=1e-5, atol=1e-2)
+    for time, found in zip(seen, said, strict=True):
+        close(time, expected, rtol=1e-5, atol=1e-2)
         # Divided by alpha or sigma, which amplifies the rounding of the time.
         slack = {"rtol": 2e-3, "atol": 2e-3}
         close(found.x_0 * alpha[:, None], said[0].x_0 * alpha[:, None], **slack)
         close(found.eps * sigma[:, None], said[0].eps * sigma[:, None], **slack)
 
 
-def test_log_snr_is_told_in_0_to_1000_and_not_beyond():
+def test_log_snr_is_given_in_0_to_1000_and_not_beyond():
     log_snr = jnp.array([np.inf, 25.0, 20.0, 10.0, -20.0, -21.0, -np.inf])
-    told = predictions.conditioned_on_log_snr(continuous.Levels(log_snr, log_snr), lambda x_t, t: t)
-    assert (told(jnp.zeros(7), jnp.zeros(7)) == jnp.array([0, 0, 0, 250, 1000, 1000, 1000])).all()
+    conditioned = predictions.conditioned_on_log_snr(
+        continuous.Levels(log_snr, log_snr), lambda x_t, t: t
+    )
+    assert (
+        conditioned(jnp.zeros(7), jnp.zeros(7)) == jnp.array([0, 0, 0, 250, 1000, 1000, 1000])
+    ).all()

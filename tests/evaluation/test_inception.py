@@ -1,4 +1,4 @@
-"""FID's Inception beside pytorch-fid at the same random weights; its weights from every format."""
+"""FID's Inception against pytorch-fid at the same random weights; its weights from every format."""
 
 import json
 import subprocess

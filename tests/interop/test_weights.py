@@ -1,4 +1,4 @@
-"""Weights of others: each network beside diffusers' own at the same random weights."""
+"""Weights of others: each network against diffusers' own at the same random weights."""
 
 import os
 import shutil
@@ -194,7 +194,7 @@ def test_every_setting_is_read(tmp_path):
     assert found.config.diffusion.beta_end == 0.1
 
 
-def test_settings_are_told(small, capsys):
+def test_settings_are_reported(small, capsys):
     weights.load(small[1])
     text = capsys.readouterr().err
     assert "config.model.channels = 16" in text

@@ -59,12 +59,12 @@ def attend(p, tokens, size):
 
 def forward_one(model, p, x, t, label=None, condition=None, features=None, dropped=False):
     """x [H, W, C] -> [H, W, out_channels]."""
-    told = linear(p["time_2"], swish(linear(p["time_1"], of_time(model, t))))
+    embedding = linear(p["time_2"], swish(linear(p["time_1"], of_time(model, t))))
     if label is not None:
-        told = told + p["label"]["embedding"][label]
+        embedding = embedding + p["label"]["embedding"][label]
     if features is not None:
-        told = told + features @ p["features"]["kernel"]
-    told = swish(told)
+        embedding = embedding + features @ p["features"]["kernel"]
+    embedding = swish(embedding)
 
     seen = [x]
     for n in model.input_exponents:
@@ -83,7 +83,7 @@ def forward_one(model, p, x, t, label=None, condition=None, features=None, dropp
     for i in range(model.depth):
         block = p[f"block_{i}"]
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = np.split(
-            linear(block["modulation"], told), 6
+            linear(block["modulation"], embedding), 6
         )
         h = np.array([normal(token) * (1 + scale) + shift for token in tokens])
         tokens = tokens + gate * attend(block, h, model.head_channels or model.channels)
@@ -91,7 +91,7 @@ def forward_one(model, p, x, t, label=None, condition=None, features=None, dropp
         h = gelu(linear(block["mlp_1"], h))
         tokens = tokens + gate_mlp * linear(block["mlp_2"], 0 * h if dropped else h)
 
-    shift, scale = np.split(linear(p["modulation_out"], told), 2)
+    shift, scale = np.split(linear(p["modulation_out"], embedding), 2)
     channels = model.out_channels or x.shape[2]
     out = np.full((*x.shape[:2], channels), np.nan)
     for (row, column), token in zip(corners, tokens, strict=True):
@@ -102,9 +102,9 @@ def forward_one(model, p, x, t, label=None, condition=None, features=None, dropp
     return out
 
 
-def forward(model, params, x, t, told, dropped=False):
+def forward(model, params, x, t, conditions, dropped=False):
     exact = jax.tree.map(np.float64, params)
-    each = [{k: v[i] for k, v in told.items()} for i in range(len(x))]
+    each = [{k: v[i] for k, v in conditions.items()} for i in range(len(x))]
     return np.array([
         forward_one(model, exact, np.float64(x[i]), t[i], dropped=dropped, **each[i])
         for i in range(len(x))
@@ -142,20 +142,20 @@ def network(name):
     model, image = TINY[name]
     rng = np.random.default_rng(32)
     x, t = np.float32(rng.normal(size=(3, *image))), np.array([1, 500, 1000])
-    told = {}
+    conditions = {}
     if name == "all":
-        told["condition"] = np.float32(rng.normal(size=(3, *image[:2], 3)))
-        told["features"] = np.float32(rng.normal(size=(3, 2)))
-        told["label"] = np.array([3, 0, 4])
-    apply = jax.jit(lambda p, x, t, told: model.apply({"params": p}, x, t, **told))
-    return model, random_params(model, x, t), (x, t), told, apply
+        conditions["condition"] = np.float32(rng.normal(size=(3, *image[:2], 3)))
+        conditions["features"] = np.float32(rng.normal(size=(3, 2)))
+        conditions["label"] = np.array([3, 0, 4])
+    apply = jax.jit(lambda p, x, t, conditions: model.apply({"params": p}, x, t, **conditions))
+    return model, random_params(model, x, t), (x, t), conditions, apply
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_forward_pass(name):
-    model, params, arguments, told, apply = network(name)
-    expected = forward(model, params, *arguments, told)
-    found = apply(params, *arguments, told)
+    model, params, arguments, conditions, apply = network(name)
+    expected = forward(model, params, *arguments, conditions)
+    found = apply(params, *arguments, conditions)
     assert found.dtype == jnp.float32
     assert np.std(expected) > 0.1
     # Nearer than GELU and its approximation are to each other.
@@ -163,11 +163,11 @@ def test_forward_pass(name):
 
 
 def test_no_condition_no_features_and_no_label_are_zeros_and_the_last_label():
-    _, params, arguments, told, apply = network("all")
-    nothing = {k: np.zeros_like(v) for k, v in told.items()} | {"label": np.full(3, 4)}
+    _, params, arguments, conditions, apply = network("all")
+    nothing = {k: np.zeros_like(v) for k, v in conditions.items()} | {"label": np.full(3, 4)}
     zeros = np.asarray(apply(params, *arguments, nothing))
     close(apply(params, *arguments, {}), zeros, rtol=1e-5, atol=1e-5)
-    for key, value in told.items():
+    for key, value in conditions.items():
         found = np.asarray(apply(params, *arguments, nothing | {key: value}))
         changed = (found != zeros).all(axis=(1, 2, 3))
         assert changed.tolist() == [True, True, key != "label"]  # the third's label is none
@@ -175,26 +175,26 @@ def test_no_condition_no_features_and_no_label_are_zeros_and_the_last_label():
 
 @pytest.mark.parametrize("name", TINY)
 def test_examples_do_not_see_each_other(name):
-    _, params, (x, t), told, apply = network(name)
-    plain = np.asarray(apply(params, x, t, told))
+    _, params, (x, t), conditions, apply = network(name)
+    plain = np.asarray(apply(params, x, t, conditions))
     others = np.concatenate([x[:1], 5 * x[1:] + 1]), np.array([1, 3, 70])
-    found = np.asarray(apply(params, *others, told))
+    found = np.asarray(apply(params, *others, conditions))
     assert (found[0] == plain[0]).all()
     assert (found[1:] != plain[1:]).all()
     order = np.array([2, 0, 1])
-    moved = apply(params, x[order], t[order], {k: v[order] for k, v in told.items()})
+    moved = apply(params, x[order], t[order], {k: v[order] for k, v in conditions.items()})
     close(moved, plain[order], rtol=1e-5, atol=1e-5)
 
 
 def test_time_and_every_pixel_matter_everywhere_and_places_differ():
-    _, params, (x, t), told, apply = network("heads")
-    plain = apply(params, x, t, told)
+    _, params, (x, t), conditions, apply = network("heads")
+    plain = apply(params, x, t, conditions)
     corner = x.copy()
     corner[:, -1, -1] += 1
-    assert (apply(params, corner, t, told) != plain).all()
-    assert (apply(params, x, t - np.array([0, 1, 1]), told)[1:] != plain[1:]).all()
+    assert (apply(params, corner, t, conditions) != plain).all()
+    assert (apply(params, x, t - np.array([0, 1, 1]), conditions)[1:] != plain[1:]).all()
     # Of equal patches, without positions, all tokens would be the same.
-    same = np.asarray(apply(params, np.tile(x[:, :3, :3], (1, 3, 2, 1)), t, told))
+    same = np.asarray(apply(params, np.tile(x[:, :3, :3], (1, 3, 2, 1)), t, conditions))
     patches = same.reshape(3, 3, 3, 2, 3, 3).swapaxes(2, 3).reshape(3, 6, -1)
     for i in range(6):
         for j in range(i):
@@ -215,9 +215,9 @@ def test_positions():
 
 
 def test_one_time_and_one_label_for_all():
-    _, params, (x, _), told, apply = network("all")
-    found = apply(params, x, np.array(7), told | {"label": np.array(2)})
-    expected = apply(params, x, np.full(3, 7), told | {"label": np.full(3, 2)})
+    _, params, (x, _), conditions, apply = network("all")
+    found = apply(params, x, np.array(7), conditions | {"label": np.array(2)})
+    expected = apply(params, x, np.full(3, 7), conditions | {"label": np.full(3, 2)})
     close(found, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -225,9 +225,9 @@ def test_one_time_and_one_label_for_all():
 
 
 def test_the_network_begins_at_zero_and_each_block_as_the_identity():
-    model, _, arguments, told, _ = network("all")
-    begin = jax.jit(lambda key, x, t, told: model.init_with_output(key, x, t, **told))
-    out, params = begin(cheap_key(0), *arguments, told)
+    model, _, arguments, conditions, _ = network("all")
+    begin = jax.jit(lambda key, x, t, conditions: model.init_with_output(key, x, t, **conditions))
+    out, params = begin(cheap_key(0), *arguments, conditions)
     assert out.shape == (3, 4, 6, 5)
     x = arguments[0]
     assert (out[..., :2] == x).all()  # which is added
@@ -276,31 +276,31 @@ def test_number_of_parameters_of_the_paper(name):
 
 
 def test_dropout_acts_within_the_perceptrons_and_in_training_only():
-    model, params, arguments, told, apply = network("all")
+    model, params, arguments, conditions, apply = network("all")
 
     @functools.partial(jax.jit, static_argnums=2)
     def train(params, seed, rate):
         how = {"train": True, "rngs": {"dropout": cheap_key(seed)}}
-        return model.copy(dropout=rate).apply({"params": params}, *arguments, **told, **how)
+        return model.copy(dropout=rate).apply({"params": params}, *arguments, **conditions, **how)
 
     # At a rate of 1 nothing but the second layer's bias is left of each perceptron.
-    expected = forward(model, params, *arguments, told, dropped=True)
+    expected = forward(model, params, *arguments, conditions, dropped=True)
     close(train(params, 0, 1.0), expected, rtol=1e-3, atol=1e-3 * np.std(expected))
     first, again, other = (train(params, seed, 0.5) for seed in (0, 0, 1))
     assert (first == again).all()
     assert (first != other).any()
-    assert (first != apply(params, *arguments, told)).any()
+    assert (first != apply(params, *arguments, conditions)).any()
 
 
 def test_bfloat16_is_near_float32():
-    model, params, arguments, told, apply = network("all")
+    model, params, arguments, conditions, apply = network("all")
     model = model.copy(dtype=jnp.bfloat16)
-    found = jax.jit(lambda p: model.apply({"params": p}, *arguments, **told))(params)
-    exact = apply(params, *arguments, told)
+    found = jax.jit(lambda p: model.apply({"params": p}, *arguments, **conditions))(params)
+    exact = apply(params, *arguments, conditions)
     assert found.dtype == jnp.float32
     error = jnp.sqrt(jnp.mean(jnp.square(found - exact)) / jnp.mean(jnp.square(exact)))
     assert 1e-4 < error < 0.05
-    used = dtypes_used(lambda p: model.apply({"params": p}, *arguments, **told), params)
+    used = dtypes_used(lambda p: model.apply({"params": p}, *arguments, **conditions), params)
     assert used["dot_general"] == {"bfloat16", "float32"}  # the last layer
     assert used["tanh"] == {"bfloat16"}
     # Norms, the softmax, and the waves of time and input.
@@ -313,9 +313,9 @@ def test_bfloat16_is_near_float32():
 # --- What cannot be built, or is not taken
 
 
-def build(model, height=8, width=8, **told):
+def build(model, height=8, width=8, **conditions):
     x, t = jnp.zeros((2, height, width, 3)), jnp.ones(2, int)
-    init = lambda: model.init_with_output(jax.random.key(0), x, t, **told)[0]  # noqa: E731
+    init = lambda: model.init_with_output(jax.random.key(0), x, t, **conditions)[0]  # noqa: E731
     return jax.eval_shape(init)
 
 
@@ -342,19 +342,19 @@ def test_channels_are_refused_that_do_not_divide_by_four_or_into_heads():
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("conditions", "said"),
     [
         ({"label": np.zeros(2, int)}, r"without classes \(num_classes = 0\) takes no label"),
         ({"features": np.zeros((2, 3))}, r"without features \(num_features = 0\) takes none"),
         ({"condition": np.zeros((2, 8, 8, 1))}, r"\(2, 8, 8, 1\): must be \(2, 8, 8, 0\)"),
     ],
 )
-def test_what_the_network_does_not_take_is_refused(told, said):
+def test_what_the_network_does_not_take_is_refused(conditions, said):
     with pytest.raises(ValueError, match=said):
-        build(SMALL, **told)
+        build(SMALL, **conditions)
 
 
 def test_nothing_but_batches_of_images():
-    _, params, (x, _), told, apply = network("plain")
+    _, params, (x, _), conditions, apply = network("plain")
     with pytest.raises(ValueError, match=r"expected images \[B, H, W, C\], got \(4, 6, 1\)"):
-        apply(params, x[0], 3, told)
+        apply(params, x[0], 3, conditions)

@@ -66,7 +66,7 @@ def test_random_features_of_odd_dimension_end_in_a_zero():
     assert (found[0] == np.array([0, 0, 0, 1, 1, 1, 0])).all()
 
 
-class Told(nn.Module):
+class Embedding(nn.Module):
     """`embed` within the compact method that it asks for."""
 
     num_classes: int = 0
@@ -82,7 +82,7 @@ def test_embedding_of_time_label_and_features_is_their_sum():
     rng = np.random.default_rng(3)
     time, features = (np.float32(rng.normal(size=(4, n))) for n in (5, 3))
     label = np.array([0, 2, 1, 1])
-    model = Told(num_classes=2, num_features=3)
+    model = Embedding(num_classes=2, num_features=3)
     params = random_params(model, time)
     assert jax.tree.map(np.shape, params) == {
         "time_1": {"kernel": (5, 6), "bias": (6,)},
@@ -98,16 +98,16 @@ def test_embedding_of_time_label_and_features_is_their_sum():
     close(apply(time, label, None), of_time + table[label], rtol=1e-4)
     close(apply(time, np.array(1), None), of_time + table[1], rtol=1e-4)
     without = {k: params[k] for k in ("time_1", "time_2")}
-    close(Told().apply({"params": without}, time), of_time, rtol=1e-4)
+    close(Embedding().apply({"params": without}, time), of_time, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("model", "label", "features", "said"),
     [
-        (Told(), 0, None, "takes no label"),
-        (Told(num_features=3), 0, None, "takes no label"),
-        (Told(num_classes=2), 0, np.zeros((4, 1)), r"\(num_features = 0\) takes none"),
-        (Told(num_features=3), None, np.zeros((4, 1)), r"shape \(4, 1\): must be \[B, 3\]"),
+        (Embedding(), 0, None, "takes no label"),
+        (Embedding(num_features=3), 0, None, "takes no label"),
+        (Embedding(num_classes=2), 0, np.zeros((4, 1)), r"\(num_features = 0\) takes none"),
+        (Embedding(num_features=3), None, np.zeros((4, 1)), r"shape \(4, 1\): must be \[B, 3\]"),
     ],
 )
 def test_embedding_refuses_what_it_does_not_take(model, label, features, said):

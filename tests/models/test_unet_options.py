@@ -41,46 +41,46 @@ def network(name):
     rng = np.random.default_rng(31)
     image = (8, 12, 2) if name == "all_three_levels" else IMAGE
     x, t = np.float32(rng.normal(size=(3, *image))), np.array([1, 500, 1000])
-    told = {}
+    conditions = {}
     if model.condition_channels:
         shape = (*x.shape[:3], model.condition_channels)
-        told["condition"] = np.float32(rng.normal(size=shape))
+        conditions["condition"] = np.float32(rng.normal(size=shape))
     if model.num_features:
-        told["features"] = np.float32(rng.normal(size=(3, model.num_features)))
+        conditions["features"] = np.float32(rng.normal(size=(3, model.num_features)))
     if model.num_classes:
-        told["label"] = np.array([3, 0, 4])
-    apply = jax.jit(lambda p, x, t, told: model.apply({"params": p}, x, t, **told))
-    return model, random_params(model, x, t), (x, t), told, apply
+        conditions["label"] = np.array([3, 0, 4])
+    apply = jax.jit(lambda p, x, t, conditions: model.apply({"params": p}, x, t, **conditions))
+    return model, random_params(model, x, t), (x, t), conditions, apply
 
 
-def expected_of(model, params, arguments, told):
+def expected_of(model, params, arguments, conditions):
     x, t = arguments
-    exact = {k: v if k == "label" else np.float64(v) for k, v in told.items()}
+    exact = {k: v if k == "label" else np.float64(v) for k, v in conditions.items()}
     return forward(model, jax.tree.map(np.float64, params), np.float64(x), t, **exact)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_forward_pass(name):
-    model, params, arguments, told, apply = network(name)
-    expected = expected_of(model, params, arguments, told)
-    found = apply(params, *arguments, told)
+    model, params, arguments, conditions, apply = network(name)
+    expected = expected_of(model, params, arguments, conditions)
+    found = apply(params, *arguments, conditions)
     assert found.dtype == jnp.float32
     assert found.shape == (*arguments[0].shape[:3], model.out_channels or 2)
     assert np.std(expected) > 0.1
     close(found, expected, rtol=0, atol=1e-4 * np.std(expected))
 
 
-# --- What is not told
+# --- What is not given
 
 
 def test_no_condition_no_features_and_no_label_are_zeros_and_the_last_label():
-    model, params, arguments, told, apply = network("all")
-    nothing = {k: np.zeros_like(v) for k, v in told.items()}
+    model, params, arguments, conditions, apply = network("all")
+    nothing = {k: np.zeros_like(v) for k, v in conditions.items()}
     nothing["label"] = np.full(3, model.num_classes)
     zeros = np.asarray(apply(params, *arguments, nothing))
     close(apply(params, *arguments, {}), zeros, rtol=1e-5, atol=1e-5)
     # And each is seen, everywhere, where it is not.
-    for key, value in told.items():
+    for key, value in conditions.items():
         found = np.asarray(apply(params, *arguments, nothing | {key: value}))
         changed = (found != zeros).all(axis=(1, 2, 3))
         assert changed.tolist() == [True, True, key != "label"]  # the third's label is none
@@ -101,9 +101,9 @@ def test_no_condition_no_features_and_no_label_are_zeros_and_the_last_label():
 )
 def test_what_the_network_does_not_take_is_refused(name, wrong, said):
     model, params, arguments, _, _ = network(name)
-    told = {k: jnp.zeros(shape, int if k == "label" else None) for k, shape in wrong.items()}
+    conditions = {k: jnp.zeros(shape, int if k == "label" else None) for k, shape in wrong.items()}
     with pytest.raises(ValueError, match=said):
-        jax.eval_shape(lambda: model.apply({"params": params}, *arguments, **told))
+        jax.eval_shape(lambda: model.apply({"params": params}, *arguments, **conditions))
 
 
 @pytest.mark.parametrize(("channels", "refused"), [(8, 4), (3, 4), (4, 0), (2, 0)])
@@ -208,25 +208,25 @@ def test_blocks_begin_as_their_skips():
 
 def test_dropout_only_in_training_and_in_the_blocks_that_resample_too():
     """At a rate of 1 nothing but its bias is left of each block's branch."""
-    model, params, arguments, told, _ = network("all")
+    model, params, arguments, conditions, _ = network("all")
     model = model.copy(dropout=1.0)
     how = {"train": True, "rngs": {"dropout": cheap_key(0)}}
-    found = jax.jit(lambda p: model.apply({"params": p}, *arguments, **told, **how))(params)
+    found = jax.jit(lambda p: model.apply({"params": p}, *arguments, **conditions, **how))(params)
     x, t = arguments
     exact = jax.tree.map(np.float64, params)
-    expected = forward(model, exact, np.float64(x), t, dropped=True, **told)
+    expected = forward(model, exact, np.float64(x), t, dropped=True, **conditions)
     close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_bfloat16_is_near_float32():
-    model, params, arguments, told, apply = network("all")
+    model, params, arguments, conditions, apply = network("all")
     brief = model.copy(dtype=jnp.bfloat16)
-    found = jax.jit(lambda p: brief.apply({"params": p}, *arguments, **told))(params)
-    exact = apply(params, *arguments, told)
+    found = jax.jit(lambda p: brief.apply({"params": p}, *arguments, **conditions))(params)
+    exact = apply(params, *arguments, conditions)
     assert found.dtype == jnp.float32
     error = jnp.sqrt(jnp.mean(jnp.square(found - exact)) / jnp.mean(jnp.square(exact)))
     assert 1e-4 < error < 0.05
-    used = dtypes_used(lambda p: brief.apply({"params": p}, *arguments, **told), params)
+    used = dtypes_used(lambda p: brief.apply({"params": p}, *arguments, **conditions), params)
     assert used["conv_general_dilated"] == {"bfloat16", "float32"}  # the last
     assert used["dot_general"] == {"bfloat16"}
     assert used["rsqrt"] == used["sin"] == used["cos"] == {"float32"}

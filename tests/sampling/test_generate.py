@@ -58,7 +58,7 @@ def test_other_weights_and_seeds_need_no_compilation(of_seven):
     assert len(traced) == 1
 
 
-def test_the_denoiser_is_told_which_samples_it_is_of(of_seven):
+def test_the_denoiser_is_given_which_samples_it_is_of(of_seven):
     """Sample i is of class i mod 2, in whatever batch; those that share a latent of the first's."""
     schedule, exact = pair("linear", 7)
 

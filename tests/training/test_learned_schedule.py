@@ -29,7 +29,7 @@ ENDS = ("log_snr_0", "log_snr_1")
 
 
 def network(xp, w, x, t):
-    """Any function of what it is told."""
+    """Any function of its inputs."""
     return w[0] * x + w[1] * xp.tanh(x) * xp.sin(t / 300)[:, None, None, None] + w[2]
 
 
@@ -94,11 +94,11 @@ def steps_losses(prediction, p, w, x_0, t, eps):
     """Of each example the diffusion loss at its time, bits/dim."""
     log_snr, slope = levels(p, t)
     alpha, sigma = (np.sqrt(special.expit(sign * log_snr))[:, None, None, None] for sign in (1, -1))
-    x_t, told = alpha * x_0 + sigma * eps, 25 * (20 - log_snr)
+    x_t, time = alpha * x_0 + sigma * eps, 25 * (20 - log_snr)
     if prediction == "eps":
-        found = network(np, w, x_t, told)
+        found = network(np, w, x_t, time)
     elif prediction == "v":
-        found = sigma * x_t + alpha * network(np, w, x_t, told)
+        found = sigma * x_t + alpha * network(np, w, x_t, time)
     else:  # Karras et al. (2022), Table 1
         noise, data = sigma / alpha, 0.5
         total = np.sqrt(noise**2 + data**2)
@@ -133,12 +133,12 @@ def difference(function, x, h=1e-5):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "told", "times"),
+    ("prediction", "noise_input", "times"),
     [("eps", "log_snr", "uniform"), ("v", "log_snr", "low_discrepancy"), ("edm", "t", "uniform")],
 )
-def test_each_parameter_descends_what_it_should(prediction, told, times):
+def test_each_parameter_descends_what_it_should(prediction, noise_input, times):
     """The network and the end points the whole bound, the shape the mean of the squared loss."""
-    config = configured(diffusion__prediction=prediction, model__noise_input=told,
+    config = configured(diffusion__prediction=prediction, model__noise_input=noise_input,
                         training__times=times)  # fmt: skip
     step, state = step_of(config, optax.trace(decay=0.0))  # whose state is the gradient
     p, w = some_shape(), WEIGHTS
@@ -226,7 +226,7 @@ def test_time_zero_counts_to_the_first_bucket():
     assert metrics.bucket_count[0] == BATCH
 
 
-def test_end_points_that_crossed_are_told_in_one_line():
+def test_end_points_that_crossed_are_reported_in_one_line():
     built = experiment.build(configured(), IMAGE)
     crossed = continuous.init_learned(4.0, -3.0)._replace(log_snr_0=jnp.float32(-4.0))
     with pytest.raises(InputError, match=r"cannot be used: log-SNR must fall .*learning_rate"):

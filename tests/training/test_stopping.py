@@ -44,7 +44,7 @@ def test_ctrl_c_is_not_lost(where):
     assert (done.stdout, done.stderr) == ("heeded\n", "")
 
 
-def test_what_else_is_ignored_is_still_told():
+def test_what_else_is_ignored_is_still_reported():
     code = LATER.split("try:")[0] + IN_FINALIZER.replace(
         "signal.raise_signal(signal.SIGINT)", "1/0"
     )
