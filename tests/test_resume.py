@@ -182,7 +182,7 @@ def test_samples_do_not_depend_on_the_batch_size(uninterrupted):
 def test_the_history_of_losses_is_resumed(tmp_path):
     """Importance sampling of t, a learned variance and an average by a power of the step."""
     config = digits.get_config()
-    config.model.update(channels=8, num_groups=4, channel_multipliers=(1,))
+    config.model.update(name="dit", depth=1, channels=8)
     config.diffusion.update(num_steps=2, variance="learned_range")  # each t soon has ten losses
     config.training.update(loss="hybrid", times="importance", ema="power", batch_size=8)
     config.sampling.update(num_samples=1, batch_size=1)

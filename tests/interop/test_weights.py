@@ -89,7 +89,7 @@ def of_full_size(*arguments):
     [
         ("small", 0.0),
         ("small_theirs", 0.7),
-        ("cifar10", 0.0),
+        of_full_size("cifar10", 0.0),
         of_full_size("cifar10", 0.7),
         of_full_size("train_unconditional", 0.7),
         of_full_size("256", 0.0),
