@@ -131,8 +131,12 @@ def npz(path: str | Path, split: str = "") -> ArraySource:
         )
     if label is None:
         return ArraySource(image, None, None)
-    if label.shape != (len(image),) or label.dtype.kind not in "iu" or label.min() < 0:
+    if label.shape != (len(image),) or label.dtype.kind not in "iu":
         raise InputError(f"{path}: {pair[1]} must be integers >= 0, [n]; it holds {found}")
+    if label.min() < 0 or label.max() >= np.iinfo(np.int32).max:
+        raise InputError(
+            f"{path}: {pair[1]} holds {label.min()}..{label.max()}: labels must be in 0..2^31 - 2"
+        )
     return ArraySource(image, label.astype(np.int32), int(label.max()) + 1)
 
 

@@ -117,21 +117,23 @@ def overlap(data: np.ndarray, samples: np.ndarray, *, k: int = 3) -> Overlap:
     """Returns precision, recall (Kynkäänniemi et al. 2019); density, coverage (Naeem et al. 2020).
 
     A set is the union of balls around its members, each reaching its k-th nearest neighbour
-    in the set. (The papers take k = 3 for the first pair and 5 for the second.)
+    in the set. (The papers take k = 3 for the first pair and 5 for the second.) As in the authors'
+    definitions a ball has its surface for the first pair, and for the second it has not.
     """
     data, samples = _pair(data, samples)
     if min(len(data), len(samples)) <= k:
         raise ValueError(f"k = {k} neighbours: more than {k} features of each set needed")
     data_radius, sample_radius = _radii(data, k), _radii(samples, k)
-    balls = np.zeros(len(samples))  # of data, that a sample lies in
+    precise, balls = np.zeros(len(samples), bool), np.zeros(len(samples))  # of data, it lies in
     recalled, covered = np.zeros(len(data), bool), np.zeros(len(data), bool)
     for rows, distance in _distances(data, samples):
-        in_data = distance <= data_radius[rows, None]
-        balls += in_data.sum(axis=0)
-        covered[rows] = in_data.any(axis=1)
+        precise |= (distance <= data_radius[rows, None]).any(axis=0)
+        inside = distance < data_radius[rows, None]
+        balls += inside.sum(axis=0)
+        covered[rows] = inside.any(axis=1)
         recalled[rows] = (distance <= sample_radius).any(axis=1)
     return Overlap(
-        precision=float((balls > 0).mean()),
+        precision=float(precise.mean()),
         recall=float(recalled.mean()),
         density=float(balls.mean() / k),
         coverage=float(covered.mean()),

@@ -218,7 +218,9 @@ def _meet(where: str) -> None:
 def saved_meta(folder: Path) -> dict[str, Any] | None:
     """Returns the meta of the newest checkpoint in `folder` that has a readable one, without
     opening it."""
-    steps = sorted((int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()), reverse=True)
+    names = [p.name for p in folder.glob("[0-9]*")]
+    # isdecimal alone takes the digits of other scripts, isdigit exponents that int() refuses.
+    steps = sorted((int(n) for n in names if n.isascii() and n.isdecimal()), reverse=True)
     for step in steps:
         try:
             meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())

@@ -29,7 +29,16 @@ class Logbook:
         self.speaks = jax.process_index() == 0
         if not self.speaks:
             return
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        rows, odd = _read(self.path)
+        if odd:
+            aside = workdir / "metrics_unreadable.jsonl"
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for line in odd)
+            self.say(
+                f"metrics.jsonl: {len(odd)} lines are no rows with a step and a loss; they are "
+                f"now in {aside}"
+            )
+        kept = [row for row in rows if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_atomically(self.path, lambda path: path.write_text(text))
         self._file = self.path.open("a")
@@ -118,16 +127,29 @@ def say(text: str, bar: Any = None) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Returns the rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """Returns the rows of a metrics.jsonl, each with a step and a loss; [] if there is none."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, float]], list[bytes]]:
+    """Returns the rows, and the lines that are none but for a last one, cut off by a kill."""
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
+        return [], []
+    rows, odd = [], []
+    *lines, last = path.read_bytes().split(b"\n")
+    for line in filter(bytes.strip, [*lines, last]):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+            row = json.loads(line)
+        except ValueError:  # of text that is not UTF-8 too
+            row = None
+        fits = isinstance(row, dict) and all(
+            isinstance(row.get(key), kind) for key, kind in (("step", int), ("loss", int | float))
+        )
+        if fits:
+            rows.append(row)
+        elif line is not last:
+            odd.append(line)
+    return rows, odd
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:

@@ -88,6 +88,14 @@ def test_npz_takes_images_with_and_without_channels_and_labels(tmp_path):
             {"images": np.zeros((2, 8, 8), np.uint8), "labels": np.array([0.0, 1.0])},
             r"labels must be integers.*float64\[2\]",
         ),
+        (
+            {"images": np.zeros((2, 8, 8), np.uint8), "labels": np.array([-1, 0])},
+            r"labels holds -1\.\.0: labels must be in 0\.\.2\^31 - 2",
+        ),
+        (  # which would wrap in int32
+            {"images": np.zeros((2, 8, 8), np.uint8), "labels": np.array([0, 2**31])},
+            r"labels holds 0\.\.2147483648: labels must be in 0\.\.2\^31 - 2",
+        ),
     ],
 )
 def test_npz_says_what_it_found_instead(tmp_path, arrays, message):

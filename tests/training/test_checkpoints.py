@@ -56,6 +56,15 @@ def test_newest_comes_back_bit_for_bit(saved):
     assert saved_meta(saved)["config"] == {"seed": 1}
 
 
+def test_folders_whose_names_are_no_steps_are_passed_over(saved):
+    for name in ("5²", "५", "40_old", "note"):
+        (saved / name).mkdir()
+    (found, meta), said = restore(saved, state_at(0))
+    assert (meta["step"], said) == (30, [])
+    assert_equal(found, state_at(30))
+    assert saved_meta(saved)["config"] == {"seed": 1}
+
+
 def test_only_the_newest_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     for step in range(1, 6):
