@@ -23,6 +23,11 @@ if version("jaxlib") == "0.10.2":  # as `ddpm.backend` sets it: so processes sha
     _FLAGS += " --xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
 
+# A worker of pytest-xdist has about one core: more threads of NumPy's would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(_name, "1")
+
 # A shell starts what is in the background with Ctrl-C ignored, and so all that it starts: tests
 # that send it would wait in vain.
 in_main = threading.current_thread() is threading.main_thread()

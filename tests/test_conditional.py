@@ -15,7 +15,7 @@ SMALL = UNET | {
     "model__channel_multipliers": "(1,2)",
     "model__dropout": 0.0,
     "diffusion__num_steps": 100,
-    "training__steps": 250,
+    "training__steps": 200,
     "training__batch_size": 64,
     "training__learning_rate": 3e-3,
     "training__ema_decay": 0.98,

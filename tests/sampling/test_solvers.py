@@ -12,6 +12,7 @@ from ddpm import NoiseSchedule, Prediction, ancestral, ddim, fixed_small, sample
 from ddpm.diffusion.predictions import from_eps
 from ddpm.sampling import grids
 from ddpm.sampling.adaptive import probability_flow
+from ddpm.sampling.langevin import annealed_langevin, predictor_corrector
 from ddpm.sampling.samplers import StepInfo
 from ddpm.sampling.solvers import _moment, _weights, dpm_solver, euler, heun, unipc
 from tests.exact import close, gaussian_denoiser, mixture_denoiser, pair
@@ -181,6 +182,19 @@ def test_a_schedule_without_signal_at_the_end(sampler):
     assert np.isfinite(found).all()
     assert abs(found.mean() - 0.4) < 0.05
     assert abs(found.var() - 0.25) < 0.05
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [euler(), heun(), heun(churn=5.0), probability_flow(), annealed_langevin(),
+     predictor_corrector(heun())],
+)  # fmt: skip
+def test_samplers_that_need_a_signal_refuse_a_schedule_without(sampler):
+    """As the command does, in place of samples that are NaN."""
+    schedule = schedules.zero_terminal_snr(schedules.linear(20))
+    denoise = lambda x_t, t: Prediction(0 * x_t, x_t)  # noqa: E731
+    with pytest.raises(ValueError, match=r"leaves no signal at t = T = 20 \(alpha_T = 0\)"):
+        sample(jax.random.key(0), schedule, denoise, (2, 3), sampler=sampler)
 
 
 @pytest.mark.parametrize("make", [dpm_solver, unipc])
