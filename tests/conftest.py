@@ -9,6 +9,7 @@ from pathlib import Path
 
 import filelock
 import pytest
+import threadpoolctl
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm-tests" / "jax"
 # In the environment, before JAX is imported, so that the processes which tests start have it too.
@@ -27,6 +28,7 @@ os.environ.setdefault("XLA_FLAGS", _FLAGS)
 if "PYTEST_XDIST_WORKER" in os.environ:
     for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(_name, "1")
+    threadpoolctl.threadpool_limits(1)  # NumPy is there already if a plugin imported it
 
 # A shell starts what is in the background with Ctrl-C ignored, and so all that it starts: tests
 # that send it would wait in vain.
