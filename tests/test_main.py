@@ -60,7 +60,7 @@ def test_wrong_flag(tmp_path, flags, said):
         ({"data__name": "cifar11"}, ["cifar11", "cifar10"]),
         (
             runs.UNET | {"model__channel_multipliers": "(1,1,1,1,1)"},
-            ["8x8 cannot be halved 4"],
+            ["8x8 cannot be halved 4 times"],
         ),
         ({"diffusion__schedule": "betas", "diffusion__betas": "(0.1,1.0,0.2)"}, ["beta_2 = 1"]),
         ({"data__name": "folder"}, ["config.data.path is empty"]),

@@ -275,10 +275,8 @@ def test_a_run_read_from_its_json_is_exported_as_before():
 
 # --- The real commands
 
-TINY_DIT = {
-    "model__name": "dit",
+TINY_DIT = {  # over the transformer of `runs.TINY`
     "model__head_channels": 4,
-    "model__depth": 1,
     "model__time_features": "fourier",
     "model__input_features": "(3,)",
     "diffusion__num_steps": 5,

@@ -155,7 +155,7 @@ def test_bounds_and_hybrid():
 
 @pytest.mark.parametrize("name", ["simple", "x_0", "v", "min_snr", "truncated_snr", "p2", "edm"])
 def test_weight_at_end(name):
-    """What the weight is on each output at t = T over the median; reported only if vast."""
+    """The weight on each output at t = T, over the median, is reported only if vast."""
     made = {"min_snr": loss_weights.min_snr(), "p2": loss_weights.p2(), "edm": loss_weights.edm()}
     weight = made.get(name) or getattr(loss_weights, name)
     on_x_0 = lambda weight, log_snr: weight(log_snr)  # noqa: E731

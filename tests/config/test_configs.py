@@ -110,7 +110,7 @@ def step_and_state(config, shape):
 
 @pytest.mark.parametrize("file", of_distinct_steps(), ids=lambda f: f.stem)
 def test_config_takes_a_step_at_toy_size(file):
-    """By shapes, and compiled where the step is one of its own. In full the networks are built by
+    """The step is taken by shapes, compiled where it is one of its own. Full networks are built by
     `test_config_is_valid_and_its_network_can_be_built`."""
     config = load(file)
     step, (state, nothing, images), learned = step_and_state(*toy(config, levels=2))

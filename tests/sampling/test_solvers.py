@@ -190,7 +190,7 @@ def test_a_schedule_without_signal_at_the_end(sampler):
      predictor_corrector(heun())],
 )  # fmt: skip
 def test_samplers_that_need_a_signal_refuse_a_schedule_without(sampler):
-    """As the command does, in place of samples that are NaN."""
+    """The function refuses as the command does, in place of samples that are NaN."""
     schedule = schedules.zero_terminal_snr(schedules.linear(20))
     denoise = lambda x_t, t: Prediction(0 * x_t, x_t)  # noqa: E731
     with pytest.raises(ValueError, match=r"leaves no signal at t = T = 20 \(alpha_T = 0\)"):

@@ -113,7 +113,7 @@ def test_gradient_is_clipped_to_its_global_norm():
 
 
 def test_b2_and_decay_are_those_of_adamw():
-    """By hand, two steps; neither biases decay nor a learned schedule with the network."""
+    """Two steps equal those by hand; neither biases decay nor a learned schedule."""
     optimizer = adam(0.1, b2=0.9, weight_decay=0.5)
     two = jnp.array([2.0])
     params = {"c": two, "conv": {"bias": two}, LEARNED_SCHEDULE: {"start": two}}
