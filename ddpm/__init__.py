@@ -39,6 +39,7 @@ from ddpm.sampling.langevin import annealed_langevin, predictor_corrector
 from ddpm.sampling.sample import Chain, sample, sample_chain
 from ddpm.sampling.samplers import Sampler, ancestral, ddim
 from ddpm.sampling.solvers import dpm_solver, euler, heun, unipc
+from ddpm.version import __version__
 
 __all__ = [
     "Chain",
@@ -49,6 +50,7 @@ __all__ = [
     "Prediction",
     "Sampler",
     "UNet",
+    "__version__",
     "analytic",
     "ancestral",
     "annealed_langevin",

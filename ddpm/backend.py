@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from ddpm.data.cache import cache_folder
+from ddpm.files.atomic import check_writable
 
 _log = logging.getLogger(__name__)
 _YNN = "--xla_cpu_experimental_ynn_fusion_type"
@@ -27,14 +28,27 @@ def configure() -> None:
         if _YNN not in flags:
             os.environ["XLA_FLAGS"] = f"{flag} {flags}"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = cache_folder() / "compiled" / _processor()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        if not folder.exists():
-            _log.info(
-                "compiled programs are kept in %s for the next start; "
-                "JAX_COMPILATION_CACHE_DIR names another place, or (empty) none",
-                folder,
-            )
+        _keep_programs(cache_folder() / "compiled" / _processor())
+
+
+def _keep_programs(folder: Path) -> None:
+    new, other = (
+        not folder.exists(),
+        "JAX_COMPILATION_CACHE_DIR names another place, or (empty) none",
+    )
+    try:
+        check_writable(folder)
+    except OSError as error:
+        _log.warning(
+            "%s: cannot be written (%s), so every start compiles anew; %s",
+            folder,
+            error.strerror,
+            other,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if new:
+        _log.info("compiled programs are kept in %s for the next start; %s", folder, other)
 
 
 def _processor() -> str:

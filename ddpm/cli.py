@@ -18,7 +18,7 @@ from ddpm import backend
 from ddpm.build.checks import validate
 from ddpm.config import nearest
 from ddpm.config.command import check_file, config_file, overrides, parse
-from ddpm.errors import InputError, NotFinite, first_line
+from ddpm.errors import InputError, NotFinite, first_line, path_error
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ROOT / "main.py"
@@ -34,23 +34,24 @@ WRONG, STOPPED = 2, 130  # exit codes, in addition to NotFinite's
 # module is imported late: a wrong flag should not wait for Orbax and others.
 MODES: dict[str, Callable[[Any, Any, Path, Sequence[str]], None]] = {
     "train": lambda mode, f, workdir, _: mode.train(f.config, workdir, f.init_from),
-    "sample": lambda mode, f, workdir, _: mode.sample(f.config, workdir, f.init_from),
-    "edit": lambda mode, f, workdir, _: mode.edit(f.config, workdir, f.input, f.init_from),
-    "compare": lambda mode, f, workdir, _: mode.compare(f.config, workdir, f.init_from),
-    "evaluate": lambda mode, f, workdir, _: mode.evaluate(f.config, workdir, f.init_from),
+    "sample": lambda mode, f, workdir, _: mode.sample(f.config, workdir, f.init_from, f.out),
+    "edit": lambda mode, f, workdir, _: mode.edit(f.config, workdir, f.input, f.init_from, f.out),
+    "compare": lambda mode, f, workdir, _: mode.compare(f.config, workdir, f.init_from, f.out),
+    "evaluate": lambda mode, f, workdir, _: mode.evaluate(f.config, workdir, f.init_from, f.out),
     "sweep": lambda mode, f, workdir, argv: mode.sweep(
         mode.entries(f.configs, overrides(argv)), [int(s) for s in f.seeds], workdir, COMMAND
     ),
     "reference": lambda mode, f, workdir, _: mode.reference(f.config, workdir),
     "export": lambda mode, f, workdir, _: mode.export(f.config, workdir, f.out, f.init_from),
 }
+WITH_OUT = ("export", "sample", "edit", "compare", "evaluate")
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs the command argv[1:] and returns its exit code.
 
-    What the user can mend is one line on standard error, and code 2; a loss that is not finite is
-    code 3, Ctrl-C before there is something to save 130.
+    What the user can mend, an OSError of a path included, is one line on standard error, and code
+    2; a loss that is not finite is code 3, Ctrl-C before there is something to save 130.
     """
     try:
         if {"--help", "-help", "--helpfull", "-h"} & set(argv[1:]):
@@ -63,6 +64,10 @@ def run(argv: Sequence[str]) -> int:
             MODES[given.mode](mode, given, _workdir(given, argv), argv)
     except InputError as error:
         return fail(str(error), WRONG)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return fail(str(path_error(error)), WRONG)
     except NotFinite as error:
         return fail(str(error), NotFinite.EXIT_CODE)
     except KeyboardInterrupt:  # before the first step, while sampling, or for the second time
@@ -89,7 +94,12 @@ def _flags() -> flags.FlagValues:
             "a file, or the name of a repository on the hub.",
         ),
         ("input", "", "For --mode=edit: pictures FILE[,FILE..], a folder of them, or an .npz."),
-        ("out", "", "For --mode=export: a new folder for diffusers, or a file .safetensors."),
+        (
+            "out",
+            "",
+            "For --mode=export: a new folder for diffusers, or a file .safetensors. For sample, "
+            "edit, compare and evaluate: the folder of what they write, if not the run's.",
+        ),
         (
             "distributed",
             "",
@@ -115,8 +125,8 @@ def _read(argv: Sequence[str]) -> Any:
         raise InputError(
             f"--mode={given.mode}: must be one of {allowed}{nearest(given.mode, MODES)}"
         )
-    if given.out and given.mode != "export":
-        raise InputError(f"--out={given.out} goes with --mode=export alone")
+    if given.out and given.mode not in WITH_OUT:
+        raise InputError(f"--out={given.out} goes with --mode={', '.join(WITH_OUT)} alone")
     if given.init_from and given.mode == "reference":
         raise InputError("--init_from: --mode=reference uses no weights; leave it out")
     if bool(given.input) != (given.mode == "edit"):

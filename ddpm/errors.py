@@ -1,5 +1,8 @@
 """The one error that stands for 'the user can mend this'."""
 
+import os
+from pathlib import Path
+
 
 class InputError(ValueError):
     """A wrong value from outside: a config, a file, a folder, a checkpoint.
@@ -13,6 +16,25 @@ def first_line(error: BaseException) -> str:
     """Returns the first line of an error that has one, or its kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def path_error(error: OSError) -> InputError:
+    """Returns the error of a file or folder as the one for the user: where, why, and what to do."""
+    path = Path(os.fsdecode(error.filename2 or error.filename))
+    advice = "choose another --workdir, or --out"
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        in_the_way = (p for p in (path, *path.parents) if p.is_symlink() or p.exists())
+        file = next((p for p in in_the_way if not p.is_dir()), path)
+        return InputError(
+            f"{path}: cannot be written, as {file} is no folder: move that away, or {advice}"
+        )
+    if isinstance(error, IsADirectoryError):
+        return InputError(
+            f"{path}: cannot be written, as it is a folder: move it away, or {advice}"
+        )
+    return InputError(
+        f"{path}: cannot be written or read ({error.strerror}): mend that, or {advice}"
+    )
 
 
 class NotFinite(RuntimeError):

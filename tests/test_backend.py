@@ -35,6 +35,20 @@ def test_by_default_in_the_cache_folder_of_the_user(tmp_path, monkeypatch):
         jax.config.update("jax_compilation_cache_dir", before)
 
 
+def test_only_programs_that_can_be_written_are_kept(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()  # where a folder is needed: not even the superuser can write
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    before = jax.config.jax_compilation_cache_dir
+    with caplog.at_level("INFO", "ddpm"):
+        backend.configure()
+    assert jax.config.jax_compilation_cache_dir == before
+    (said,) = caplog.messages
+    assert "cannot be written (Not a directory)" in said
+    assert "kept" not in said
+
+
 def test_training_imports_neither_pytorch_nor_tensorflow(tmp_path):
     """Seconds of every start, and of no use; tensorboardX would."""
     pytest.importorskip("torch")

@@ -35,8 +35,8 @@ def cached(
 
     They are made only if the cache does not hold them under this key (anything JSON can write,
     all that the arrays depend on). The name is for people who look into the cache folder. Where
-    the cache cannot be written: None, and one line in the log. Errors of `blocks` pass through,
-    except OSError, which is taken for a full or read-only disk.
+    the cache cannot be written: None. Either way there is one line in the log. Errors of `blocks`
+    pass through, except OSError, which is taken for a full or read-only disk.
     """
     text = json.dumps({"version": VERSION, **key}, sort_keys=True)
     label = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")[:60]
@@ -46,6 +46,7 @@ def cached(
         return found
     try:
         _build(folder, blocks())
+        _log.info("%s: kept in %s", name, folder)
     except OSError as error:
         _log.warning(
             "%s: decoded images cannot be cached there (%s), so they are decoded at each use; "

@@ -1,17 +1,21 @@
 """Samples as files: a grid, a GIF or MP4 of the chain, an .npz of any size."""
 
 import contextlib
+import json
 import math
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ddpm.errors import InputError
 from ddpm.files.atomic import write_atomically
+
+PROVENANCE = "provenance"  # what made the images, in the .npz and the PNG: JSON
 
 
 def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 1) -> np.ndarray:
@@ -39,10 +43,22 @@ def to_picture(image: np.ndarray, *, least_side: int = 0) -> Image.Image:
     )
 
 
-def save_grid(path: Path, images: np.ndarray, *, columns: int | None = None) -> None:
-    """Writes a PNG of at least 400 pixels; small images are enlarged without blurring."""
+def save_grid(
+    path: Path,
+    images: np.ndarray,
+    *,
+    columns: int | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a PNG of at least 400 pixels; small images are enlarged without blurring.
+
+    `about`, what made the images, is its text `provenance`, as JSON.
+    """
     picture = to_picture(grid(images, columns=columns), least_side=400)
-    write_atomically(path, lambda p: picture.save(p, format="PNG"))
+    words = PngInfo()
+    if about is not None:
+        words.add_text(PROVENANCE, json.dumps(about))
+    write_atomically(path, lambda p: picture.save(p, format="PNG", pnginfo=words))
 
 
 def save_gif(path: Path, frames: np.ndarray, *, milliseconds: int = 60) -> None:
@@ -101,28 +117,37 @@ def mp4_writer() -> Any:
     return write_frames
 
 
-def save_npz(path: Path, batches: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:
-    """Batches as one array `images`, uint8 of `shape` in all, written as they come.
+def save_npz(
+    path: Path,
+    batches: Iterable[np.ndarray],
+    shape: tuple[int, ...],
+    *,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes batches as one array `images`, uint8 of `shape` in all, as they come.
 
-    Raises ValueError, and leaves the file of before, if the batches are not that array.
+    `about`, what made the images, is the array `provenance` next to it, JSON:
+    json.loads(np.load(path)["provenance"].item()). Raises ValueError, and leaves the file of
+    before, if the batches are not that array.
     """
 
     def write(temporary: Path) -> None:
         written = 0
-        with (
-            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-            archive.open("images.npy", "w", force_zip64=True) as file,
-        ):
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for batch in batches:
-                if batch.dtype != np.uint8 or batch.shape[1:] != shape[1:]:
-                    raise ValueError(
-                        f"images of shape {batch.shape[1:]} in {batch.dtype} came for an array of "
-                        f"shape {shape} in uint8"
-                    )
-                file.write(batch.tobytes())
-                written += len(batch)
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open("images.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for batch in batches:
+                    if batch.dtype != np.uint8 or batch.shape[1:] != shape[1:]:
+                        raise ValueError(
+                            f"images of shape {batch.shape[1:]} in {batch.dtype} came for an array "
+                            f"of shape {shape} in uint8"
+                        )
+                    file.write(batch.tobytes())
+                    written += len(batch)
+            if about is not None:
+                with archive.open(f"{PROVENANCE}.npy", "w") as file:
+                    np.lib.format.write_array(file, np.array(json.dumps(about).encode()))
         if written != shape[0]:
             raise ValueError(f"{written} images came for an array of {shape}")
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ddpm.build.experiment import Experiment, build
 from ddpm.build.network import check_model
 from ddpm.config import default, with_settings
-from ddpm.errors import InputError, first_line
+from ddpm.errors import InputError, first_line, path_error
 from ddpm.files.atomic import write_atomically
 from ddpm.files.tensors import READERS, Tensors, read_tensors, sha256
 from ddpm.interop import settings
@@ -125,7 +125,7 @@ def export(out: Path, built: Experiment, params: Any) -> None:
         )
         _write_json(out / "model_index.json", pipeline)
     except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
+        raise path_error(error) from error
 
 
 def check_out(out: Path) -> None:

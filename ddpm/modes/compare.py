@@ -19,7 +19,7 @@ from ddpm.config import flatten, nearest, to_json
 from ddpm.data.images import check_image_shape
 from ddpm.errors import InputError
 from ddpm.evaluation import comparison, distances, features, report
-from ddpm.files.atomic import write_atomically
+from ddpm.files.atomic import check_writable, write_atomically
 from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import RUN_ON, Run, draw, load_run, with_variance
 from ddpm.modes.measures.job import features_of_data, make_extractor
@@ -47,11 +47,12 @@ class Row(NamedTuple):
     seconds: float
 
 
-def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
+def compare(config: ConfigDict, workdir: Path, init_from: str = "", out: str = "") -> None:
     """Compares config.comparison.samplers at each of .steps with the training data, in the features
     of the evaluation, from the same seed.
 
-    Writes workdir/comparison.json and comparison.html at the end, atomically. Raises InputError for
+    Writes comparison.json and comparison.html to `out`, or else `workdir`, at the end, atomically.
+    Raises InputError for
     what the user can fix, before anything is computed.
     """
     parse(config)  # reports wrong entries before the run is loaded
@@ -70,6 +71,8 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
                 classifier(run.built.config, built.image_shape)
         except InputError as error:
             raise InputError(f"{_where(entry.name)}: {error}") from error
+    folder = Path(out).expanduser() if out else workdir
+    check_writable(folder, "comparison.json", "comparison.html")
     extractor = make_extractor(built.config, built.image_shape, first.mesh)
     train = source(config)
     check_image_shape(train.image_shape, built.image_shape, RUN_ON)
@@ -114,7 +117,7 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
         rows.append(Row(entry.name, entry.steps, generator.evaluations, distance, seconds))
         shown.append(np.concatenate(kept))
         say("  ".join(map(str, shown_row(rows[-1]))))
-    _write(config, workdir, first, rows, floor, shown)
+    _write(config, workdir, folder, first, rows, floor, shown)
 
 
 def parse(config: ConfigDict) -> list[Entry]:
@@ -171,6 +174,7 @@ def _value(text: str) -> Any:
 def _write(
     config: ConfigDict,
     workdir: Path,
+    folder: Path,
     run: Run,
     rows: list[Row],
     floor: float | None,
@@ -210,15 +214,15 @@ def _write(
     ]
     page = report.page(f"Samplers of {workdir.resolve().name}", about, [("Samplers", fragments)])
     text = json.dumps(result, indent=1) + "\n"
-    write_atomically(workdir / "comparison.json", lambda path: path.write_text(text))
+    write_atomically(folder / "comparison.json", lambda path: path.write_text(text))
     write_atomically(
-        workdir / "comparison.html", lambda path: path.write_text(page, encoding="utf-8")
+        folder / "comparison.html", lambda path: path.write_text(page, encoding="utf-8")
     )
     print(about)
     print(report.plain_table(HEADER, table))
     print(said)
-    print(workdir / "comparison.json")
-    print(workdir / "comparison.html")
+    print(folder / "comparison.json")
+    print(folder / "comparison.html")
 
 
 def _plot(rows: list[Row], floor: float | None) -> str:

@@ -17,6 +17,7 @@ from ddpm.diffusion.pixels import to_float, to_uint8
 from ddpm.diffusion.streams import sample_keys
 from ddpm.errors import InputError
 from ddpm.files import pictures
+from ddpm.files.atomic import check_writable
 from ddpm.modes.inputs import by, pictures_at
 from ddpm.modes.loading import Run, load_run
 from ddpm.sampling import editing
@@ -37,13 +38,13 @@ class Edited(NamedTuple):
     report: str = ""
 
 
-def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> None:
+def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "", out: str = "") -> None:
     """Edits the pictures named by `given` by config.editing, with the weights that sample uses.
 
     The noise depends only on config.sampling.seed and a variation's number. Writes
-    workdir/edits/<name>.png, a row for each picture, and .npz, `images` uint8[n, H, W, C] in the
-    same order without the inputs. The name has task, settings, weights and a digest of the
-    pictures. Raises InputError for what the user can fix.
+    <name>.png, a row for each picture, and .npz, `images` uint8[n, H, W, C] in the same order
+    without the inputs, to `out`, or else workdir/edits. The name has task, settings, weights and a
+    digest of the pictures. Raises InputError for what the user can fix.
     """
     e, task = config.editing, config.editing.task
     if task == "inpaint" and bool(e.mask) == bool(e.box):
@@ -67,22 +68,27 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> 
             f"config.sampling.guidance_scale = {s.guidance_scale}: say towards which class the "
             "pictures are edited, with config.sampling.label"
         )
+    folder = Path(out).expanduser() if out else workdir / "edits"
+    check_writable(folder)
     images = read(run.built.image_shape)
     edited = _TASKS[task](run, images)
     digest = hashlib.sha256(images.tobytes() + str(images.shape).encode()).hexdigest()[:8]
     n, each = edited.results.shape[:2]
     name = f"{edited.what}_of_{digest}_{run.sample_name(config.sampling.seed, n * each)}"
-    out = workdir / "edits"
     flat = edited.results.reshape(-1, *images.shape[1:])
-    pictures.save_npz(out / f"{name}.npz", [flat], flat.shape)
+    about = run.provenance(s.seed)
+    pictures.save_npz(folder / f"{name}.npz", [flat], flat.shape, about=about)
     rows = edited.rows[:GRID_ROWS]
     pictures.save_grid(
-        out / f"{name}.png", rows.reshape(-1, *images.shape[1:]), columns=rows.shape[1]
+        folder / f"{name}.png",
+        rows.reshape(-1, *images.shape[1:]),
+        columns=rows.shape[1],
+        about=about,
     )
     if edited.report:
         print(edited.report)
     for suffix in ("npz", "png"):
-        print(out / f"{name}.{suffix}")
+        print(folder / f"{name}.{suffix}")
 
 
 # --- Inputs

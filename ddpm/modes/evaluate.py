@@ -15,7 +15,7 @@ from ddpm.config import PARTS, to_json
 from ddpm.data.images import check_image_shape
 from ddpm.errors import InputError
 from ddpm.evaluation import report
-from ddpm.files.atomic import write_atomically
+from ddpm.files.atomic import check_writable, write_atomically
 from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import RUN_ON, load_run
 from ddpm.modes.measures import chains, fidelity, likelihoods
@@ -39,12 +39,13 @@ _MEASURES = dict(
 )
 
 
-def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
+def evaluate(config: ConfigDict, workdir: Path, init_from: str = "", out: str = "") -> None:
     """Measures config.evaluation.parts on the latest good checkpoint in `workdir`, or on the
     pretrained weights that `init_from` names.
 
-    Writes both files at the end, atomically. Raises InputError for what the user can fix, mostly
-    before anything is computed; if one part fails, after the others are written.
+    Writes both files to `out`, or else `workdir`, at the end, atomically. Raises InputError for
+    what the user can fix, mostly before anything is computed; if one part fails, after the others
+    are written.
     """
     run = load_run(config, workdir, "evaluate", init_from)
     config = run.built.config
@@ -54,7 +55,9 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
             check_image_shape(source.image_shape, run.built.image_shape, RUN_ON)
     run = run._replace(built=with_small_images(run.built, config.evaluation.num_samples))
     wanted = [part for part in PARTS if part in config.evaluation.parts]
-    job = prepare(run, workdir, train, held_out, wanted)
+    folder = Path(out).expanduser() if out else workdir
+    check_writable(folder, "evaluation.json", "report.html")
+    job = prepare(run, folder / "samples", train, held_out, wanted)
     found: dict[str, Any] = {}
     failed: dict[str, str] = {}
     rows: list[tuple[str, ...]] = []
@@ -91,13 +94,13 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     }
     text = json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n"
     page = report.page(f"Evaluation of {workdir.resolve().name}", about, sections)
-    write_atomically(workdir / "evaluation.json", lambda path: path.write_text(text))
-    write_atomically(workdir / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    write_atomically(folder / "evaluation.json", lambda path: path.write_text(text))
+    write_atomically(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
     print(about)
     if rows:
         print(report.plain_table(HEADER, rows))
-    print(workdir / "evaluation.json")
-    print(workdir / "report.html")
+    print(folder / "evaluation.json")
+    print(folder / "report.html")
     if failed:
         raise InputError(said)
 

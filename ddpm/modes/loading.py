@@ -29,6 +29,7 @@ from ddpm.sampling.generate import Generator
 from ddpm.training import sharding, snapshots
 from ddpm.training.checkpoints import Checkpoints, digest, saved_meta
 from ddpm.training.logbook import say
+from ddpm.version import __version__
 
 RUN_ON = "the run is on images of"
 
@@ -37,7 +38,8 @@ class Run(NamedTuple):
     """The experiment, the weights that config.sampling.ema selects, and their origin.
 
     `step` is None for pretrained weights; `origin` is reported, `tag` begins file names, and
-    `digest` distinguishes weights with the same tag, as of a run restarted in the same folder.
+    `digest` distinguishes weights with the same tag, as of a run restarted in the same folder,
+    which is `folder`.
     """
 
     built: Experiment
@@ -47,6 +49,7 @@ class Run(NamedTuple):
     origin: str
     tag: str
     digest: str = ""
+    folder: str = ""
 
     def generator(self, num_samples: int) -> Generator:
         """Returns the generator for num_samples, which caps the batch size of config.sampling."""
@@ -61,6 +64,21 @@ class Run(NamedTuple):
         other = ("_raw" if raw else "") + ("" if s.clip else "_unclipped")
         steered = steering_name(s) + self._small_name()
         return f"{self.tag}_{how}{steered}_seed{seed}_n{num_samples}{other}"
+
+    def provenance(self, seed: int) -> dict[str, Any]:
+        """Returns what samples are made by, for their files: run, weights, sampler, versions, and
+        the whole config."""
+        return {
+            "ddpm": __version__,
+            "jax": jax.__version__,
+            "run": self.folder,
+            "weights": self.origin,
+            "weights_digest": self.digest,
+            "step": self.step,
+            "sampler": self.built.sampler_name,
+            "seed": seed,
+            "config": to_json(self.built.config),
+        }
 
     def fingerprint(self, *more: str) -> str:
         """Returns a digest, for names of reused files, of the weights and the config's sections
@@ -110,7 +128,8 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
         built = build(found.config, found.image_shape)
         params = jax.device_put(found.params, sharding.replicated(mesh))
         origin = f"weights of {init_from}, sha256 {found.sha256[:8]}"
-        run = Run(built, params, mesh, None, origin, f"weights_{found.sha256[:8]}")
+        short = found.sha256[:8]
+        run = Run(built, params, mesh, None, origin, f"weights_{short}", short)
         return with_variance(run, workdir)
     folder = workdir / "checkpoints"
     saved = saved_meta(folder)
@@ -142,7 +161,8 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
         digests = digest(params)
         origin = f"step {step}, averaged with width {std:g}, of {average.snapshots} snapshots"
     short = hashlib.sha256(repr(digests).encode()).hexdigest()[:8]
-    run = Run(built.with_schedule(params), params, mesh, step, origin, tag, short)
+    built = built.with_schedule(params)
+    run = Run(built, params, mesh, step, origin, tag, short, str(workdir))
     return with_variance(run, workdir)
 
 
@@ -184,7 +204,10 @@ def with_variance(run: Run, workdir: Path) -> Run:
         with temporary.open("wb") as file:
             np.savez(file, moments=moments)
 
-    write_atomically(path, write)
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        say(f"{path}: cannot be kept there ({error.strerror}), so it is measured at each use")
     return run._replace(built=run.built._replace(moments=jnp.asarray(moments)))
 
 

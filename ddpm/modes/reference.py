@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 
 from ddpm.build.data import held_out as held_out_data
 from ddpm.build.data import source
-from ddpm.data.cache import cache_folder
 from ddpm.data.images import check_image_shape
 from ddpm.errors import InputError
 from ddpm.evaluation import comparison, report
@@ -40,4 +39,3 @@ def reference(config: ConfigDict, workdir: Path) -> None:
     of = f"{floor.images:,} {floor.of}"
     rows = [(NAMES[name], of, report.number(v)) for name, v in floor.values.items()]
     print(report.plain_table(("floor", "of", "value"), rows))
-    print(f"kept in {cache_folder()}")

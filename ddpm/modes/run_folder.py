@@ -11,6 +11,7 @@ from ddpm.config.same_run import check_same_run
 from ddpm.data.images import check_image_shape
 from ddpm.data.sources import Source
 from ddpm.errors import InputError
+from ddpm.files.atomic import check_writable
 from ddpm.training.checkpoints import saved_meta
 from ddpm.training.logbook import say
 
@@ -43,17 +44,12 @@ def check_run(config: ConfigDict, workdir: Path, source: Source | None = None) -
 
 @contextlib.contextmanager
 def run_folder(workdir: Path) -> Iterator[None]:
-    """Makes the folder if need be and locks it; InputError if it is not writable, or in use."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "checkpoints").mkdir(exist_ok=True)
-        lock = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise InputError(
-            f"the run folder {workdir} cannot be written ({error.strerror}): "
-            "choose another with --workdir"
-        ) from error
-    with lock:
+    """Makes the folder if need be and locks it; OSError if what a training writes there cannot be
+    written, InputError if it is in use."""
+    check_writable(workdir, "config.json", "metrics.jsonl", "losses.png")
+    for name in ("checkpoints", "samples", "tensorboard"):
+        check_writable(workdir / name)
+    with (workdir / ".lock").open("w") as lock:
         if jax.process_index() == 0:
             try:
                 import fcntl

@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm.files import pictures
+from ddpm.files.atomic import check_writable
 from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import draw, load_run
 
@@ -15,13 +16,14 @@ CHAIN_SAMPLES = 25
 CHAIN_FRAMES = 50
 
 
-def sample(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
+def sample(config: ConfigDict, workdir: Path, init_from: str = "", out: str = "") -> None:
     """Draws config.sampling.num_samples from the latest good checkpoint in `workdir`, or from
     the pretrained weights that `init_from` names.
 
-    Sample i depends only on config.sampling.seed and i. Writes workdir/samples/<name>.npz, .png
-    (the first 100), .gif and, with sampling.mp4, .mp4 (the first 25). The name consists of step (or
-    digest of the weights), sampler, seed and number.
+    Sample i depends only on config.sampling.seed and i. Writes <name>.npz, .png (the first 100),
+    .gif and, with sampling.mp4, .mp4 (the first 25) to `out`, or else workdir/samples. The name
+    consists of step (or digest of the weights), sampler, seed and number; .npz and .png say what
+    made them (`Run.provenance`).
     """
     if config.sampling.mp4:
         pictures.mp4_writer()  # fails now if it is not installed
@@ -29,6 +31,9 @@ def sample(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     s, image_shape = config.sampling, run.built.image_shape
     run = run._replace(built=with_small_images(run.built, s.num_samples))
     name = run.sample_name(s.seed, s.num_samples)
+    files = [f"{name}.{suffix}" for suffix in ("npz", "png", "gif", *(["mp4"] if s.mp4 else []))]
+    folder = Path(out).expanduser() if out else workdir / "samples"
+    check_writable(folder, *files)
     generator = run.generator(s.num_samples)
     first: list[np.ndarray] = []
 
@@ -38,14 +43,14 @@ def sample(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
                 first.append(images)
             yield images
 
-    out = workdir / "samples"
-    pictures.save_npz(out / f"{name}.npz", batches(), (s.num_samples, *image_shape))
-    pictures.save_grid(out / f"{name}.png", np.concatenate(first)[:GRID_SAMPLES])
+    about = run.provenance(s.seed)
+    pictures.save_npz(folder / files[0], batches(), (s.num_samples, *image_shape), about=about)
+    pictures.save_grid(folder / files[1], np.concatenate(first)[:GRID_SAMPLES], about=about)
     frames = generator.chain(
         run.params, min(CHAIN_SAMPLES, s.num_samples), seed=s.seed, snapshots=CHAIN_FRAMES
     )
-    pictures.save_gif(out / f"{name}.gif", frames)
+    pictures.save_gif(folder / files[2], frames)
     if s.mp4:
-        pictures.save_mp4(out / f"{name}.mp4", frames)
-    for suffix in ("npz", "png", "gif", *(["mp4"] if s.mp4 else [])):
-        print(out / f"{name}.{suffix}")
+        pictures.save_mp4(folder / files[3], frames)
+    for file in files:
+        print(folder / file)

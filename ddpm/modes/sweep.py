@@ -26,7 +26,7 @@ from ddpm.config.command import check_file, parse
 from ddpm.config.same_run import check_same_run
 from ddpm.errors import InputError, NotFinite
 from ddpm.evaluation import report
-from ddpm.files.atomic import write_atomically
+from ddpm.files.atomic import check_writable, write_atomically
 from ddpm.modes.evaluate import FAILED
 from ddpm.modes.measures.job import check_parts
 from ddpm.modes.measures.likelihoods import DEQUANTISED
@@ -96,6 +96,7 @@ def sweep(rows: Sequence[Entry], seeds: Sequence[int], folder: Path, command: Pa
     not finite is reported as diverged. Raises InputError if a run fails otherwise or a folder holds
     another run, KeyboardInterrupt if stopped; the same call resumes from there.
     """
+    check_writable(folder, "sweep.json")
     left = []
     for seed in seeds:
         for entry in rows:

@@ -1,3 +1,5 @@
+import json
+import os
 import sys
 
 import imageio_ffmpeg
@@ -5,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+from ddpm.data import sources
 from ddpm.errors import InputError
 from ddpm.files.pictures import grid, save_gif, save_grid, save_mp4, save_npz, to_picture
 
@@ -170,6 +173,43 @@ def test_failure_keeps_the_file_of_before_and_leaves_no_other(tmp_path):
     with np.load(path) as file:
         assert (file["images"] == x).all()
     assert [p.name for p in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_two_that_write_the_same_file_do_not_mix(tmp_path):
+    """The one that ends last wins, whole."""
+    path, (x, y) = tmp_path / "samples.npz", (images(7, 3), 255 - images(7, 3))
+
+    def batches():
+        yield x[:3]
+        save_npz(path, [y], y.shape)  # of another process, meanwhile
+        with np.load(path) as file:
+            assert (file["images"] == y).all()
+        yield x[3:]
+
+    save_npz(path, batches(), x.shape)
+    with np.load(path) as file:
+        assert (file["images"] == x).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_what_killed_processes_left_is_removed_a_day_later(tmp_path):
+    old, young = tmp_path / ".1.partial", tmp_path / ".2.partial"
+    old.touch(), young.touch()
+    os.utime(old, (0, 0))
+    save_grid(tmp_path / "grid.png", images(1, 3))
+    assert {p.name for p in tmp_path.iterdir()} == {"grid.png", young.name}
+
+
+def test_npz_and_grid_say_what_made_them(tmp_path):
+    x, about = images(7, 3), {"seed": 3, "run": "näch\nste"}
+    save_npz(tmp_path / "samples.npz", [x], x.shape, about=about)
+    save_grid(tmp_path / "samples.png", x, about=about)
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
+        assert file.files == ["images", "provenance"]
+        assert json.loads(file["provenance"].item()) == about
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert json.loads(picture.text["provenance"]) == about
+    assert (sources.npz(tmp_path / "samples.npz").image == x).all()
 
 
 def test_failure_leaves_no_grid(tmp_path):

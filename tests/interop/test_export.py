@@ -187,7 +187,10 @@ def test_what_is_refused(workdir, tmp_path):
     (tmp_path / "file").touch()
     nowhere = f"--out={tmp_path / 'file' / 'out'}"
     fails(command(ours, "--mode=export", nowhere, **OURS), "cannot be written")
-    fails(command(ours, "--mode=sample", f"--out={out}", **OURS), "goes with --mode=export alone")
+    fails(
+        command(ours, f"--out={out}", **OURS),
+        "--mode=export, sample, edit, compare, evaluate alone",
+    )
     fails(command(ours, "--mode=reference", "--init_from=x"), "uses no weights")
     for path, said in (
         ("", "--mode=export needs --out"),

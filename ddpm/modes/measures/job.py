@@ -39,7 +39,6 @@ class Job(NamedTuple):
     """The subject of an evaluation: the run, its training data, and the data held out, if any."""
 
     run: Run
-    workdir: Path
     train: Source
     held_out: Source | None
     extractor: features.Extractor | None
@@ -59,9 +58,14 @@ class Job(NamedTuple):
 
 
 def prepare(
-    run: Run, workdir: Path, train: Source, held_out: Source | None, parts: list[str]
+    run: Run,
+    folder: Path,
+    train: Source,
+    held_out: Source | None,
+    parts: list[str],
 ) -> Job:
-    """Returns the job, after checking everything that can be checked before computing."""
+    """Returns the job, after checking everything that can be checked before computing; samples are
+    kept in `folder`."""
     e = run.built.config.evaluation
     check_parts(run.built.config, run.built.schedule, parts)
     extractor, given = None, None
@@ -85,9 +89,9 @@ def prepare(
     def samples(seed: int) -> np.ndarray:
         if given is not None:
             return given.image[: e.num_samples]
-        return _drawn(run, workdir / "samples", e.num_samples, seed)
+        return _drawn(run, folder, e.num_samples, seed)
 
-    return Job(run, workdir, train, held_out, extractor, samples)
+    return Job(run, train, held_out, extractor, samples)
 
 
 def check_parts(config: ConfigDict, schedule: NoiseSchedule, parts: Collection[str]) -> None:
@@ -144,7 +148,8 @@ def _drawn(run: Run, folder: Path, num_samples: int, seed: int) -> np.ndarray:
     shape = (num_samples, *run.built.image_shape)
     if not path.exists():
         generator = run.generator(num_samples)
-        pictures.save_npz(path, draw(run, generator, num_samples, seed), shape)
+        about = run.provenance(seed)
+        pictures.save_npz(path, draw(run, generator, num_samples, seed), shape, about=about)
     found = sources.npz(path).image
     if found.shape != shape:
         raise InputError(f"{path}: holds {found.shape}, not {shape}; remove it")
