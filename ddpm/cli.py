@@ -18,7 +18,7 @@ from ddpm import backend
 from ddpm.build.checks import validate
 from ddpm.config import nearest
 from ddpm.config.command import check_file, config_file, overrides, parse
-from ddpm.errors import InputError, NotFinite, first_line, path_error
+from ddpm.errors import InputError, NotFinite, first_line, out_of_memory, path_error
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ROOT / "main.py"
@@ -61,7 +61,13 @@ def run(argv: Sequence[str]) -> int:
         with _progress_on_stderr():
             _set_up(given.distributed)
             mode = importlib.import_module(f"ddpm.modes.{given.mode}")
-            MODES[given.mode](mode, given, _workdir(given, argv), argv)
+            try:
+                MODES[given.mode](mode, given, _workdir(given, argv), argv)
+            except Exception as error:
+                found = out_of_memory(error, _batch_sizes(given))
+                if found is None:
+                    raise
+                raise found from error
     except InputError as error:
         return fail(str(error), WRONG)
     except OSError as error:
@@ -73,6 +79,14 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:  # before the first step, while sampling, or for the second time
         return fail("stopped", STOPPED)
     return 0
+
+
+def _batch_sizes(given: Any) -> dict[str, int]:
+    """Returns the keys that set how much a mode computes at once, with their values."""
+    parts = {"train": ["training"], "evaluate": ["sampling", "evaluation"]}
+    parts |= {"reference": ["evaluation"]}
+    sections = parts.get(given.mode, ["sampling"])
+    return {f"{part}.batch_size": given.config[part].batch_size for part in sections}
 
 
 def fail(text: str, code: int) -> int:

@@ -1,6 +1,7 @@
 """The one error that stands for 'the user can mend this'."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -34,6 +35,24 @@ def path_error(error: OSError) -> InputError:
         )
     return InputError(
         f"{path}: cannot be written or read ({error.strerror}): mend that, or {advice}"
+    )
+
+
+def out_of_memory(error: BaseException, batches: Mapping[str, int]) -> InputError | None:
+    """Returns the error for the user, if this one, or what it comes from, is of memory that could
+    not be had; `batches` are the keys that set the size of what was computed, with their values."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, MemoryError) or "RESOURCE_EXHAUSTED" in str(chain):
+            break
+        chain = chain.__cause__
+    else:
+        return None
+    lower = " or ".join(f"config.{key} = {value}" for key, value in batches.items())
+    why = first_line(chain).removeprefix("RESOURCE_EXHAUSTED: ")[:100]
+    return InputError(
+        f"out of memory ({why}): lower {lower}, or train with a smaller config.data.image_size or "
+        "config.model.channels"
     )
 
 

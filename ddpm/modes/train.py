@@ -25,6 +25,7 @@ from ddpm.errors import InputError, NotFinite
 from ddpm.files import pictures
 from ddpm.files.atomic import write_atomically
 from ddpm.interop import weights
+from ddpm.modes.capacity import check_memory
 from ddpm.modes.inputs import with_small_images
 from ddpm.modes.run_folder import check_run, run_folder
 from ddpm.sampling.generate import Generator
@@ -68,15 +69,25 @@ def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
         check_image_shape(
             data.image_shape, given.image_shape, f"--init_from={init_from} is of images"
         )
-    with run_folder(workdir):
-        _train(built, data, workdir, given)
-
-
-def _train(built: Experiment, data: Source, workdir: Path, given: weights.Imported | None) -> None:
-    config, training = built.config, built.config.training
     mesh = sharding.data_mesh()
+    start, step = _jitted_start(built, mesh), _jitted_step(built, mesh)
+    check_memory(built, mesh, start, step)
+    with run_folder(workdir):
+        _train(built, data, workdir, given, mesh, start, step)
+
+
+def _train(
+    built: Experiment,
+    data: Source,
+    workdir: Path,
+    given: weights.Imported | None,
+    mesh: Mesh,
+    start: Callable[[], TrainState],
+    step: TrainStep,
+) -> None:
+    config, training = built.config, built.config.training
     checkpoints = Checkpoints(workdir / "checkpoints", keep=training.checkpoints_kept)
-    state, origin = _first_state(built, checkpoints, mesh, given)
+    state, origin = _first_state(start, checkpoints, mesh, given)
     if jax.process_index() == 0:
         text = json.dumps(to_json(config), indent=2) + "\n"
         write_atomically(workdir / "config.json", lambda path: path.write_text(text))
@@ -86,8 +97,7 @@ def _train(built: Experiment, data: Source, workdir: Path, given: weights.Import
     logbook = Logbook(workdir, step=progress.step, steps=training.steps)
     _announce(built, data, logbook, progress, given)
     save = _saving(built, data, checkpoints, origin)
-    step, first = _compiled_step(built, mesh), progress.step
-    batch = _batches(built, data, mesh)
+    first, batch = progress.step, _batches(built, data, mesh)
     try:
         with StopSignal() as stop:
             draw = _drawing(built, mesh, logbook, workdir, stop)
@@ -129,12 +139,9 @@ def _train(built: Experiment, data: Source, workdir: Path, given: weights.Import
 # --- What a run begins with
 
 
-def _first_state(
-    built: Experiment, checkpoints: Checkpoints, mesh: Mesh, given: weights.Imported | None
-) -> tuple[TrainState, str]:
-    """Returns the state to begin at, and the digest of the pretrained weights it began from."""
-    everywhere = sharding.replicated(mesh)
-    start = jax.jit(
+def _jitted_start(built: Experiment, mesh: Mesh) -> Callable[[], TrainState]:
+    """Returns the function that makes the state before the first step, on all devices."""
+    return jax.jit(
         lambda: init(
             built.model,
             built.optimizer,
@@ -143,8 +150,18 @@ def _first_state(
             built.objective,
             other_averages=len(built.other_ema_rates),
         ),
-        out_shardings=everywhere,
+        out_shardings=sharding.replicated(mesh),
     )
+
+
+def _first_state(
+    start: Callable[[], TrainState],
+    checkpoints: Checkpoints,
+    mesh: Mesh,
+    given: weights.Imported | None,
+) -> tuple[TrainState, str]:
+    """Returns the state to begin at, and the digest of the pretrained weights it began from."""
+    everywhere = sharding.replicated(mesh)
     state = resume(checkpoints, jax.eval_shape(start), everywhere)
     saved = saved_meta(checkpoints.folder) or {}
     if state is None:
@@ -165,7 +182,7 @@ def resume(checkpoints: Checkpoints, abstract: TrainState, placed: Any) -> Train
     return TrainState(step, **items)
 
 
-def _compiled_step(built: Experiment, mesh: Mesh) -> TrainStep:
+def _jitted_step(built: Experiment, mesh: Mesh) -> TrainStep:
     """Returns the training step over the devices: the weights on all of them, the batch split."""
     config, everywhere = built.config, sharding.replicated(mesh)
     split = sharding.split_batch(mesh)
