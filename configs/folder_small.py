@@ -36,5 +36,7 @@ def get_config() -> ConfigDict:
         checkpoint_every=200,
     )
     config.sampling.update(num_samples=36, batch_size=36)
+    # 20 steps in place of 1000, at nearly the quality (docs/results.md).
+    config.sampling.update(sampler="dpm_solver", stochastic=True, grid="karras", steps=20)
     config.evaluation.split = ""  # a folder has no splits; evaluation.path names another folder
     return config
