@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, path_error
 from ddpm.evaluation.inception import SIDE, Inception
 from ddpm.files.atomic import write_atomically
 from ddpm.files.tensors import Tensors, read_tensors
@@ -57,16 +57,16 @@ def load_inception(path: str | Path) -> Loaded:
 
 def convert(source: str | Path, target: str | Path) -> None:
     """Writes a file of weights as .safetensors, with the same names; InputError as above."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     source, target = Path(source).expanduser(), Path(target).expanduser()
     if target.suffix != ".safetensors":
         raise InputError(f"{target}: the name must end in .safetensors")
     tensors = _checked(source, _read(source))
     try:
-        write_atomically(target, lambda p: save_file(tensors, p))
+        write_atomically(target, lambda p: p.write_bytes(save(tensors)))
     except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
+        raise path_error(error) from error
 
 
 @functools.cache

@@ -21,10 +21,10 @@ from ddpm.data import digits, tfds
 from ddpm.data.pipeline import evaluation_batches, train_batch
 from ddpm.data.sources import Source
 from ddpm.diffusion.pixels import to_float
-from ddpm.errors import InputError
+from ddpm.errors import InputError, path_error
 from ddpm.evaluation.classifier import Classifier, shifted
 from ddpm.evaluation.shipped import FOLDER, flat
-from ddpm.files.atomic import write_atomically
+from ddpm.files.atomic import check_writable, write_atomically
 
 LOG_EVERY = 100
 
@@ -108,14 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend.configure()
     try:
         recipe = _recipe(options)
+        check_writable(options.out, f"{options.name}.safetensors")
         splits = [
             digits(split)
             if options.name == "digits"
             else tfds(options.name, split, options.data_dir)
             for split in ("train", "test")
         ]
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        text = path_error(error) if isinstance(error, OSError) else error
+        print(f"error: {text}", file=sys.stderr)
         return 2
     params = train(splits[0], recipe)
     data = save(flat(params))

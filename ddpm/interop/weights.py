@@ -98,7 +98,7 @@ def export(out: Path, built: Experiment, params: Any) -> None:
     The .safetensors has the tensors' names of `diffusers` and its settings as metadata. Raises
     InputError if `out` is there already, or cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     check_out(out)
     settings.check_written(built.config)
@@ -109,7 +109,7 @@ def export(out: Path, built: Experiment, params: Any) -> None:
         if out.suffix == ".safetensors":
             parts = {"unet": unet, "scheduler": scheduler}
             about = {"ddpm": json.dumps(parts, sort_keys=True)}
-            write_atomically(out, lambda path: save_file(tensors, path, metadata=about))
+            write_atomically(out, lambda path: path.write_bytes(save(tensors, about)))
             return
         pipeline = {
             "_class_name": "DDPMPipeline",
@@ -121,7 +121,7 @@ def export(out: Path, built: Experiment, params: Any) -> None:
         _write_json(out / "scheduler" / "scheduler_config.json", scheduler)
         metadata = {"format": "pt"}  # asked for by diffusers: of the axes' order
         write_atomically(
-            out / "unet" / _WEIGHTS[0], lambda path: save_file(tensors, path, metadata=metadata)
+            out / "unet" / _WEIGHTS[0], lambda path: path.write_bytes(save(tensors, metadata))
         )
         _write_json(out / "model_index.json", pipeline)
     except OSError as error:

@@ -1,6 +1,7 @@
 """Weights of ours for others: the real commands, and diffusers sampling what they wrote."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -187,6 +188,11 @@ def test_what_is_refused(workdir, tmp_path):
     (tmp_path / "file").touch()
     nowhere = f"--out={tmp_path / 'file' / 'out'}"
     fails(command(ours, "--mode=export", nowhere, **OURS), "cannot be written")
+    if Path("/proc/self").exists():  # where not even the superuser can write
+        nowhere = "--out=/proc/weights.safetensors"
+        fails(
+            command(ours, "--mode=export", nowhere, **OURS), "/proc/weights.safetensors: cannot be"
+        )
     fails(
         command(ours, f"--out={out}", **OURS),
         "--mode=export, sample, edit, compare, evaluate alone",
