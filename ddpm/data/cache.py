@@ -46,7 +46,7 @@ def cached(
         return found
     try:
         _build(folder, blocks())
-        _log.info("%s: kept in %s", name, folder)
+        _log.info("%s: kept for the next start in %s", name, folder)
     except OSError as error:
         _log.warning(
             "%s: decoded images cannot be cached there (%s), so they are decoded at each use; "
