@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ddpm.build.checks import check, validate
 from ddpm.build.data import held_out as held_out_data
 from ddpm.build.data import source
-from ddpm.build.experiment import classifier
+from ddpm.build.experiment import Experiment, classifier
 from ddpm.config import flatten, nearest, to_json
 from ddpm.data.images import check_image_shape
 from ddpm.errors import InputError
@@ -22,10 +22,12 @@ from ddpm.evaluation import comparison, distances, features, report
 from ddpm.files.atomic import write_atomically
 from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import RUN_ON, Run, draw, load_run, with_variance
+from ddpm.modes.measures.about import about_run
+from ddpm.modes.measures.fidelity import NAMES
 from ddpm.modes.measures.job import features_of_data, make_extractor
 from ddpm.training.logbook import say
 
-HEADER = ("sampler", "steps", "calls", "Fréchet distance", "s/image")
+HEADER = ("sampler", "steps", "calls", NAMES["frechet_distance"], "s/image ↓")
 SHOWN = 16  # samples of each entry in the picture
 
 
@@ -86,8 +88,10 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
 
     rows: list[Row] = []
     shown: list[np.ndarray] = []
+    samplers: list[tuple[str, Experiment]] = []
     for entry, run in runs:
         run = with_variance(run, workdir)
+        samplers.append((entry.name, run.built))
         generator = run.generator(c.num_samples)
         clock: list[float] = []  # seconds of each batch
         kept: list[np.ndarray] = []
@@ -114,7 +118,7 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
         rows.append(Row(entry.name, entry.steps, generator.evaluations, distance, seconds))
         shown.append(np.concatenate(kept))
         say("  ".join(map(str, shown_row(rows[-1]))))
-    _write(config, workdir, first, rows, floor, shown)
+    _write(config, workdir, first, rows, floor, shown, samplers)
 
 
 def parse(config: ConfigDict) -> list[Entry]:
@@ -175,6 +179,7 @@ def _write(
     rows: list[Row],
     floor: float | None,
     shown: list[np.ndarray],
+    samplers: list[tuple[str, Experiment]],
 ) -> None:
     c = config.comparison
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -208,7 +213,10 @@ def _write(
             columns=SHOWN,
         ),
     ]
-    page = report.page(f"Samplers of {workdir.resolve().name}", about, [("Samplers", fragments)])
+    title = f"Samplers of {workdir.resolve().name}"
+    measured = f"{day}, on {device}, jax {jax.__version__}"
+    of_run = about_run(run, workdir, (c.seed,), measured, samplers)
+    page = report.page(title, about, [("Samplers", fragments), of_run])
     text = json.dumps(result, indent=1) + "\n"
     write_atomically(workdir / "comparison.json", lambda path: path.write_text(text))
     write_atomically(
@@ -224,12 +232,12 @@ def _write(
 def _plot(rows: list[Row], floor: float | None) -> str:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, (left, right) = report.axes(10, 4.2, columns=2)
+    (by_calls, left), (by_time, right) = report.axes(6, 4.5), report.axes(6, 4.5)
     for name in dict.fromkeys(row.name for row in rows):
         of = [row for row in rows if row.name == name]
         distance = [row.frechet_distance for row in of]
         left.plot([row.evaluations for row in of], distance, ".-", label=name)
-        right.plot([row.seconds for row in of], distance, ".-")
+        right.plot([row.seconds for row in of], distance, ".-", label=name)
     left.set(xlabel="calls of the denoiser", ylabel="Fréchet distance")
     right.set(xlabel="seconds an image", ylabel="Fréchet distance")
     for axes in (left, right):
@@ -241,5 +249,9 @@ def _plot(rows: list[Row], floor: float | None) -> str:
         axes.grid(alpha=0.3, which="both")
         if floor is not None and floor > 0:
             axes.axhline(floor, color="0.5", ls="--", lw=1)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    return report.plot(figure, "Quality against calls and against time; dashed: the floor.")
+    for figure in (by_calls, by_time):
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return report.pair(
+        report.plot(by_calls, "Quality against calls of the denoiser; dashed: the floor."),
+        report.plot(by_time, "Quality against time; dashed: the floor."),
+    )

@@ -45,9 +45,11 @@ class Entry(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A figure of evaluation.json: its title, and a function that reads it."""
+    """A figure of evaluation.json: its title, the direction that is better, and a function that
+    reads it."""
 
     title: str
+    better: str
     of: Callable[[dict[str, Any]], float]
     digits: int = 3
 
@@ -57,13 +59,13 @@ def _sampled(name: str) -> Callable[[dict[str, Any]], float]:
 
 
 COLUMNS = (
-    Column("bits/dim, held out", lambda found: _bits(found["bound"]["held out"])),
-    Column("bits/dim, train", lambda found: _bits(found["bound"]["train"])),
-    Column("bits/dim of the flow", lambda found: found["flow"][DEQUANTISED]["bits_per_dim"]),
-    Column("Fréchet distance", _sampled("frechet_distance")),
-    Column("Inception score", _sampled("inception_score")),
-    Column("precision", _sampled("precision")),
-    Column("recall", _sampled("recall")),
+    Column("bits/dim, held out", "↓", lambda found: _bits(found["bound"]["held out"])),
+    Column("bits/dim, train", "↓", lambda found: _bits(found["bound"]["train"])),
+    Column("bits/dim of the flow", "↓", lambda found: found["flow"][DEQUANTISED]["bits_per_dim"]),
+    Column("Fréchet distance", "↓", _sampled("frechet_distance")),
+    Column("Inception score", "↑", _sampled("inception_score")),
+    Column("precision", "↑", _sampled("precision")),
+    Column("recall", "↑", _sampled("recall")),
 )
 
 
@@ -202,7 +204,9 @@ def _write(rows: Sequence[Entry], seeds: Sequence[int], folder: Path) -> None:
         + ((f"{diverged[entry.name]} of {len(seeds)}",) if any(diverged.values()) else ())
         for entry in rows
     ]
-    header = ("run", *(c.title for c in shown)) + ((DIVERGED,) if any(diverged.values()) else ())
+    header = ("run", *(f"{c.title} {c.better}" for c in shown)) + (
+        (DIVERGED,) if any(diverged.values()) else ()
+    )
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     result = {
         "date": day,
