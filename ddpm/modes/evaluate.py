@@ -92,8 +92,8 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     }
     text = json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n"
     seeds = () if config.evaluation.samples else config.evaluation.seeds
-    measured = f"{day}, on {device}, jax {jax.__version__}"
-    first = [about_run(run, workdir, seeds, measured, [("sampler", run.built)])]
+    when = f"{day}, on {device}, jax {jax.__version__}"
+    first = [about_run(run, workdir, seeds, when, [("sampler", run.built)])]
     first += sample_grid(job, drawn=bool({"distances", "neighbours"} & found.keys()))
     page = report.page(f"Evaluation of {workdir.resolve().name}", about, [*first, *sections])
     write_atomically(workdir / "evaluation.json", lambda path: path.write_text(text))
