@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # From the ground up: a room imports from those before it alone.
-ROOMS = ("errors", "diffusion", "models", "config", "files", "data", "backend", "sampling",
-         "training", "evaluation", "build", "interop", "modes", "cli")  # fmt: skip
+ROOMS = ("errors", "version", "diffusion", "models", "config", "files", "data", "backend",
+         "sampling", "training", "evaluation", "build", "interop", "modes", "cli")  # fmt: skip
 FILES = sorted((ROOT / "ddpm").rglob("*.py"))
 PROSE = [ROOT / "main.py", *FILES]
 PROSE += sorted(

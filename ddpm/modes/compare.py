@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm.build.checks import check, validate
+from ddpm.build.checks import check, with_sampling
 from ddpm.build.data import held_out as held_out_data
 from ddpm.build.data import source
 from ddpm.build.experiment import Experiment, classifier
-from ddpm.config import flatten, nearest, to_json
+from ddpm.config import to_json
 from ddpm.data.images import check_image_shape
 from ddpm.errors import InputError
 from ddpm.evaluation import comparison, distances, features, report
@@ -127,26 +127,19 @@ def parse(config: ConfigDict) -> list[Entry]:
     # Common to all entries: the weights, the images to enlarge, the number of samples and the seed.
     of_all = ("sampler", "ema", "ema_relative_std", "low_resolution_images", "num_samples",
               "batch_size", "seed", "mp4")  # fmt: skip
-    known = {k: v for k, v in flatten(config.sampling).items() if k not in of_all}
     for text in c.samplers:
         where = _where(text)
         name, *options = text.split() or [""]
-        settings: dict[str, Any] = {"sampler": name}
-        for option in options:
-            key, equals, value = option.partition("=")
-            if not equals or key not in known:
-                raise InputError(f"{where}: {key!r} is no key of config.sampling"
-                                 f"{nearest(key, known)}")  # fmt: skip
-            settings[key] = _value(value)
-            if isinstance(known[key], float) and isinstance(settings[key], int):
-                settings[key] = float(settings[key])
+        if bare := [option for option in options if "=" not in option]:
+            raise InputError(
+                f"{where}: {bare[0]!r} is no key of config.sampling with its value, KEY=VALUE"
+            )
+        settings = {key: _value(value) for key, _, value in (o.partition("=") for o in options)}
         own = "steps" in settings or "times" in settings or name == "probability_flow"
         for steps in [settings.get("steps", 0)] if own else c.steps:
-            other = config.copy_and_resolve_references()
-            with other.ignore_type():
-                other.sampling.update(settings | {"steps": steps})
             try:
-                validate(other)
+                named = with_sampling(config, settings, of_all)
+                other = with_sampling(named, {"sampler": name, "steps": steps})
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
             times = settings.get("times", ())
