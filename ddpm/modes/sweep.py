@@ -22,7 +22,7 @@ from ddpm.build.checks import check, validate
 from ddpm.build.schedule import noise_schedule
 from ddpm.build.variance import UNMEASURED
 from ddpm.config import nearest, to_json
-from ddpm.config.command import check_file, parse
+from ddpm.config.command import find_file, make_importable, parse
 from ddpm.config.same_run import check_same_run
 from ddpm.errors import InputError, NotFinite
 from ddpm.evaluation import report
@@ -70,14 +70,14 @@ COLUMNS = (
 
 
 def entries(names: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
-    """Returns the entries for FILE.py, with all its variants if it has any, and FILE.py:VARIANT.
+    """Returns the entries for FILE.py or NAME, with all its variants if it has any, and for
+    FILE.py:VARIANT.
 
     The config flags in `overrides` apply to each. Raises InputError for a wrong one.
     """
     found = []
     for name in names:
-        file, _, variant = name.partition(":")
-        check_file("configs", name)
+        file, _, variant = find_file("configs", name).partition(":")
         known = _variants(file)
         if variant and variant not in known:
             there = f"its variants are {', '.join(known)}" if known else "it has no variants"
@@ -245,6 +245,7 @@ def _variants(file: str) -> list[str]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
+        make_importable()
         spec.loader.exec_module(module)
     except Exception as error:  # a config file may raise anything
         raise InputError(f"--configs={file}: {type(error).__name__}: {error}") from error
