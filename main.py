@@ -2,19 +2,12 @@
 
 The same command resumes where it was stopped. Every key of the config can be overridden:
 --config.training.batch_size=64. Modes: --mode=train, sample, edit, compare, evaluate, sweep,
-reference, export. The command itself is `ddpm.cli.run`.
+reference, export. `python -m ddpm` is the same; the command itself is `ddpm.cli.run`.
 """
 
-import os
-import sys
+import runpy
+from pathlib import Path
 
 if __name__ == "__main__":
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        # Memory in large pages: a sixth off a training step on a CPU (docs/performance.md). The C
-        # library reads this only as a process starts, so it starts again, before JAX is imported.
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-    from ddpm.cli import run
-
-    sys.exit(run(sys.argv))
+    # Run as a file: importing it as a module would import JAX before the process starts again.
+    runpy.run_path(str(Path(__file__).parent / "ddpm" / "__main__.py"), run_name="__main__")

@@ -2,7 +2,13 @@
 
 schedule = ddpm.schedules.linear(1000)
 x_t = ddpm.q_sample(schedule, x_0, t, eps)
+
+model = ddpm.load("runs/digits")
+ddpm.show(model.sample(jax.random.key(0), 16))
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ddpm.diffusion import (
     continuous,
@@ -41,6 +47,10 @@ from ddpm.sampling.samplers import Sampler, ancestral, ddim
 from ddpm.sampling.solvers import dpm_solver, euler, heun, unipc
 from ddpm.version import __version__
 
+if TYPE_CHECKING:
+    from ddpm.files.pictures import show
+    from ddpm.modes.notebook import load
+
 __all__ = [
     "Chain",
     "Denoiser",
@@ -72,6 +82,7 @@ __all__ = [
     "heun",
     "langevin",
     "likelihood",
+    "load",
     "loss_weights",
     "losses",
     "predictions",
@@ -86,9 +97,26 @@ __all__ = [
     "sample_keys",
     "schedules",
     "second_moments",
+    "show",
     "streams",
     "thresholded",
     "timesteps",
     "unipc",
     "variances",
 ]
+
+# Imported when they are used: they need Orbax and others, which take longer than all of the above.
+_LATE = {"load": "ddpm.modes.notebook", "show": "ddpm.files.pictures"}
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a public name that is imported late."""
+    if name not in _LATE:
+        raise AttributeError(f"module 'ddpm' has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_LATE[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, those that are imported late too."""
+    return sorted({*globals(), *__all__})

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import logging
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,18 @@ from absl import logging as absl_logging
 from ddpm import backend
 from ddpm.build.checks import validate
 from ddpm.config import nearest
-from ddpm.config.command import check_file, config_file, overrides, parse
+from ddpm.config.command import CONFIGS, config_file, names, overrides, parse
 from ddpm.errors import InputError, NotFinite, first_line, out_of_memory, path_error
 
-ROOT = Path(__file__).parents[1]
-COMMAND = ROOT / "main.py"
-DEFAULT_CONFIG = ROOT / "configs" / "digits.py"
+COMMAND = Path(__file__).parent / "__main__.py"
+DEFAULT_CONFIG = CONFIGS / "digits.py"
 USAGE = """usage: python main.py --config=FILE.py[:VARIANT] [--mode=MODE] [--config.KEY=VALUE ..]
+       python -m ddpm --config=NAME[:VARIANT] ..
 
 Trains, samples and evaluates diffusion models. The same command resumes where it was stopped. All
 keys of a config, with their meaning and the paper's values: ddpm/config/keys.py.
+
+Configs by name, or files of your own:
 """
 WRONG, STOPPED = 2, 130  # exit codes, in addition to NotFinite's
 
@@ -55,7 +58,10 @@ def run(argv: Sequence[str]) -> int:
     """
     try:
         if {"--help", "-help", "--helpfull", "-h"} & set(argv[1:]):
-            print(f"{USAGE}\n{_flags().module_help(__name__)}")
+            known = textwrap.fill(
+                ", ".join(names()), 78, initial_indent="  ", subsequent_indent="  "
+            )
+            print(f"{USAGE}{known}\n\n{_flags().module_help(__name__)}")
             return 0
         given = _read(argv)
         with _progress_on_stderr():
@@ -131,7 +137,6 @@ def _flags() -> flags.FlagValues:
 def _read(argv: Sequence[str]) -> Any:
     """Returns the flags, checked; InputError for what is wrong in them or in the config."""
     chosen = config_file(argv)
-    check_file("config", chosen or str(DEFAULT_CONFIG))
     named = [] if chosen else [f"--config={DEFAULT_CONFIG}"]
     given: Any = parse([argv[0], *named, *argv[1:]], _flags())
     if given.mode not in MODES:

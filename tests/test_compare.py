@@ -9,6 +9,7 @@ from ddpm.build.experiment import build
 from ddpm.config import default
 from ddpm.errors import InputError
 from ddpm.modes.compare import parse
+from tests.page import check
 from tests.runs import command, run
 
 # On the digits' own classifier; a batch of 32 leaves three to be timed.
@@ -42,8 +43,10 @@ def test_table_and_plot(trained):
     for row in result["rows"]:
         assert row["frechet_distance"] > result["floor"] > 0
         assert row["seconds"] > 0
-    page = (trained / "comparison.html").read_text()
-    assert page.count("<img") == 2
+    page = check((trained / "comparison.html").read_text(encoding="utf-8"))
+    assert page.headings == ["Samplers", "The run"]
+    assert len(page.sources) == 4  # two plots, the samples, and the run's loss
+    assert "Fréchet distance\xa0↓" in page.words
     assert "heun grid=karras" in found.stdout
     # Measured once, and kept with the run.
     (moments,) = (trained / "moments").glob("*.npz")

@@ -1,7 +1,6 @@
 """--mode=evaluate as a user runs it: what it writes, and what it refuses without writing."""
 
 import hashlib
-import html.parser
 import json
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 
 from ddpm.data import digits
 from ddpm.training.checkpoints import saved_meta
+from tests.page import check
 from tests.runs import command, run
 
 SMALL = {
@@ -29,24 +29,6 @@ def workdir(module_run):
 
 def evaluate(workdir, *extra, **overrides):
     return run(command(workdir, "--mode=evaluate", *extra, **(SMALL | overrides)))
-
-
-class Page(html.parser.HTMLParser):
-    """What a page shows, and what it would fetch."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.sources, self.headings, self._tag = [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self._tag = tag
-        self.sources += [v for k, v in attrs if k in ("src", "href")]
-
-    def handle_data(self, data):
-        if self._tag == "h2":
-            self.headings.append(data)
-        self._tag = ""
 
 
 def test_everything_is_measured_and_written(workdir):
@@ -94,16 +76,31 @@ def test_everything_is_measured_and_written(workdir):
     assert (of_all.argmin(axis=1) == index).all()
     np.testing.assert_allclose(of_all.min(axis=1), distance)
 
-    page = Page((workdir / "report.html").read_text())
+    page = check((workdir / "report.html").read_text(encoding="utf-8"))
     assert page.headings == [
+        "The run",
+        "Samples",
         "The variational bound",
         "Likelihood by the probability-flow ODE",
         "Distances of samples to data",
         "Nearest training images",
         "Chains",
     ]
-    assert len(page.sources) >= 8
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert len(page.sources) >= 10
+    assert page.alts[0].startswith("The loss in training")
+    assert page.alts[1] == "The first 20 samples, seed 0, not selected."
+    for words in (
+        f"Evaluation of {workdir.name}",
+        "sampling.sampler",
+        "'ancestral'",
+        "samples 0, 1",
+        "training.learning_rate",
+        "NLL ≤",
+        "LT−1",
+        "Fréchet distance\xa0↓",
+        "recall, k = 3\xa0↑",
+    ):
+        assert words in page.words, words
     assert f"{found['bound']['train']['total']['bits_per_dim']:.4f}" in done.stdout
     assert "floor" in done.stdout
 
@@ -122,6 +119,8 @@ def test_all_terms_of_all_images(workdir):
     assert found["bound"]["held out"]["images"] == 359
     assert found["bound"]["train"]["images"] == 1438
     assert "all T terms" in found["bound"]["train"]["how"]
+    # No samples are drawn for it: the page shows those of training.
+    assert "Samples drawn in training." in check((workdir / "report.html").read_text("utf-8")).alts
     assert set(found) & {"flow", "distances"} == set()
 
 

@@ -11,10 +11,11 @@ from ddpm.build.objective import EMAS, LOSSES, PREDICTIONS, TIMES, WEIGHTS, chec
 from ddpm.build.sampler import GRIDS, SAMPLERS, check_sampling
 from ddpm.build.schedule import SCHEDULES, noise_schedule
 from ddpm.build.variance import SAMPLING_VARIANCES, VARIANCES
-from ddpm.config import TASKS
+from ddpm.config import TASKS, nearest, with_settings
 from ddpm.config.combinations import check_keys, check_steering
 from ddpm.config.rules import check_values
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.errors import InputError
 from ddpm.evaluation.inception import RESIZES
 from ddpm.evaluation.shipped import SHIPPED
 
@@ -60,3 +61,24 @@ def check(config: ConfigDict, schedule: NoiseSchedule | None = None) -> None:
     schedule = noise_schedule(config) if schedule is None else schedule
     check_objective(config, schedule)
     check_sampling(config, schedule)
+
+
+def with_sampling(
+    config: ConfigDict, settings: Mapping[str, Any], common: Collection[str] = ()
+) -> ConfigDict:
+    """Returns a copy with these settings of config.sampling: whole numbers also where others may
+    stand, lists also for tuples. Raises InputError for a key that is none of it, or is one of
+    `common`, which cannot differ here, and for a value that is not allowed."""
+    known = {key: value for key, value in config.sampling.items() if key not in common}
+    found = {}
+    for key, value in settings.items():
+        if key not in known:
+            raise InputError(f"{key!r} is no key of config.sampling{nearest(key, known)}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        float_key = isinstance(known[key], float) and whole
+        found[key] = (
+            float(value) if float_key else tuple(value) if isinstance(value, list) else value
+        )
+    new, _ = with_settings(config, sampling=found)
+    validate(new)
+    return new

@@ -23,6 +23,7 @@ from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.variances import ReverseVariance
 from ddpm.errors import InputError
 from ddpm.evaluation.shipped import log_probability
+from ddpm.sampling import samplers
 from ddpm.sampling.generate import Generator
 from ddpm.sampling.guidance import classifier_free, classifier_guided, of_x_0
 from ddpm.sampling.samplers import Sampler
@@ -44,6 +45,7 @@ class Experiment(NamedTuple):
     other_ema_rates: tuple[ema.Rate, ...]
     moments: jax.Array | None = None  # of variance 'analytic', float32[T + 1]
     small_images: np.ndarray | None = None  # what samples enlarge, float32[n, h, w, C]
+    given_sampler: Sampler | None = None  # in the place of config.sampling.sampler
 
     @property
     def variance(self) -> ReverseVariance:
@@ -66,12 +68,16 @@ class Experiment(NamedTuple):
 
     @property
     def sampler(self) -> Sampler:
-        """Returns the sampler of config.sampling, for a denoiser of x_t and t."""
+        """Returns the sampler of config.sampling, or the given one, for a denoiser of x_t and t."""
+        if self.given_sampler is not None:
+            return self.given_sampler
         return sampler.sampler(self.config, self.variance)
 
     @property
     def times(self) -> np.ndarray:
         """Returns the times that the sampler visits, [N + 1]."""
+        if self.given_sampler is not None and self.given_sampler.steps:
+            return samplers.times(self.schedule.num_steps, self.given_sampler.steps)
         return sampler.times(self.config, self.schedule)
 
     @property

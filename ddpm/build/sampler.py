@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -144,3 +145,47 @@ def sampler_name(config: ConfigDict, schedule: NoiseSchedule, variance: ReverseV
     corrected = f"corrected{s.corrector_steps}x{s.corrector_snr:g}" if s.corrector_steps else ""
     named = (f"{s.sampler}{steps or ''}", plain.label, grid, corrected)
     return "_".join(filter(None, named))
+
+
+class _Noting:
+    """A section of a config that notes which of its keys are read."""
+
+    def __init__(self, section: ConfigDict) -> None:
+        self.section, self.keys = section, []  # type: ignore[var-annotated]
+
+    def __getattr__(self, key: str) -> Any:
+        self.keys.append(key)
+        return self.section[key]
+
+
+def settings(
+    config: ConfigDict, schedule: NoiseSchedule, variance: ReverseVariance
+) -> dict[str, Any]:
+    """Returns all settings of config.sampling that its samples depend on, seed and number aside:
+    with those that the sampler and its grid read, the number of steps that are taken, and the
+    variance that is used."""
+    s = config.sampling
+    noted, visited = _Noting(s), times(config, schedule)
+    plain = SAMPLERS[noted.sampler].make(noted, variance)
+    found = {key: s[key] for key in noted.keys}
+    if plain.uses_variance:
+        found["variance"] = variance.__name__
+    if not plain.adaptive:
+        found["steps"] = len(visited) - 1
+        noted.keys.clear()
+        if not noted.times:
+            GRIDS[noted.grid].make(noted, schedule, found["steps"])
+            noted.keys.remove("times")
+        found |= {key: s[key] for key in noted.keys}
+    given = (
+        (plain.uses_variance and s.variance == "analytic", ("analytic_images",)),
+        (s.corrector_steps, ("corrector_steps", "corrector_snr")),
+        (True, ("dynamic_threshold" if s.dynamic_threshold else "clip",)),
+        (config.model.num_classes or s.classifier_scale, ("label",)),
+        (s.guidance_scale != 1, ("guidance_scale", "guidance_interval", "guidance_rescale")),
+        (s.classifier_scale, ("classifier_scale",)),
+        (config.model.low_resolution, ("low_resolution_images", "low_resolution_noise")),
+        (True, ("ema",)),
+        (s.ema_relative_std, ("ema_relative_std",)),
+    )
+    return found | {key: s[key] for matters, keys in given if matters for key in keys}

@@ -1,7 +1,13 @@
-"""Configs from command lines: --config=FILE.py[:VARIANT] and its overrides, --config.key=value."""
+"""Configs from command lines: --config=FILE.py[:VARIANT] and its overrides, --config.key=value.
 
+The experiments that come with the library can be named: --config=digits, in whatever folder.
+"""
+
+import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from absl import flags
 from ml_collections import config_flags
@@ -10,16 +16,21 @@ from ddpm.config.keys import default
 from ddpm.config.tree import flatten, nearest
 from ddpm.errors import InputError, first_line
 
+_PACKAGE = Path(__file__).parents[1]
+# In the wheel within the package, in a checkout next to it.
+CONFIGS = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir())
+
 
 def parse(argv: Sequence[str], values: flags.FlagValues | None = None) -> flags.FlagValues:
     """Returns the flags of argv, the program first: those that `values` defines, and `config`.
 
-    --config=FILE must be among them. Raises InputError, in one line, for whatever is wrong in them
-    or in the config file; the config's values are not checked.
+    --config=FILE, or NAME, must be among them. Raises InputError, in one line, for whatever is
+    wrong in them or in the config file; the config's values are not checked.
     """
     values = flags.FlagValues() if values is None else values
     argv = _last_of_each(_config_first(argv))
     try:
+        make_importable()
         config_flags.DEFINE_config_file(
             "config",
             None,
@@ -41,12 +52,38 @@ def parse(argv: Sequence[str], values: flags.FlagValues | None = None) -> flags.
     return values
 
 
-def check_file(flag: str, given: str) -> None:
-    """Raises InputError, with the nearest name, unless FILE of FILE.py[:VARIANT] is there."""
-    file = given.split(":")[0]
-    if not Path(file).is_file():
-        known = sorted(p.as_posix() for p in Path("configs").rglob("*.py"))
-        raise InputError(f"--{flag}={file}: there is no such file{nearest(file, known)}")
+def find_file(flag: str, given: str) -> str:
+    """Returns FILE of FILE.py[:VARIANT], or of the NAME of one that comes with the library, with
+    its variant. Raises InputError, with the names that there are, if there is none."""
+    name, colon, variant = given.partition(":")
+    if Path(name).is_file():
+        return given
+    plain = name.removeprefix("./").removeprefix("configs/").removesuffix(".py")
+    if plain in (known := names()):
+        return f"{CONFIGS / plain}.py{colon}{variant}"
+    if plain == name and "/" not in name:
+        plain_names = ", ".join(n for n in known if "/" not in n)
+        raise InputError(f"--{flag}={name}: must be a file or {plain_names}")
+    files = [f"configs/{n}.py" for n in known] if plain != name else known
+    raise InputError(f"--{flag}={name}: there is no such file{nearest(name, files)}")
+
+
+def names() -> list[str]:
+    """Returns the names of the configs that come with the library: digits, ablations/table2."""
+    found = (path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.py"))
+    return sorted((path.as_posix() for path in found), key=lambda name: ("/" in name, name))
+
+
+def make_importable() -> None:
+    """Makes `from configs import digits`, in a config, find those that come with the library, after
+    the user's own folder `configs`."""
+    try:
+        configs = importlib.import_module("configs")
+    except ModuleNotFoundError:
+        configs = sys.modules["configs"] = ModuleType("configs")
+    paths = list(getattr(configs, "__path__", []))
+    if str(CONFIGS) not in paths:
+        configs.__path__ = [*paths, str(CONFIGS)]
 
 
 def overrides(argv: Sequence[str]) -> list[str]:
@@ -70,16 +107,20 @@ def config_file(argv: Sequence[str]) -> str:
 
 
 def _config_first(argv: Sequence[str]) -> list[str]:
-    """Returns the arguments with --config=FILE before its overrides, where it must be for absl."""
+    """Returns the arguments with --config=FILE, of a name its file, before its overrides, where it
+    must be for absl."""
     program, *rest = argv
     for i, argument in enumerate(rest):
         if argument.startswith(("--config=", "-config=")):
-            return [program, rest.pop(i), *rest]
+            chosen = rest.pop(i).split("=", 1)[1]
+            break
         if argument in ("--config", "-config") and i + 1 < len(rest):
-            chosen = f"--config={rest.pop(i + 1)}"
+            chosen = rest.pop(i + 1)
             rest.pop(i)
-            return [program, chosen, *rest]
-    return list(argv)
+            break
+    else:
+        return list(argv)
+    return [program, f"--config={find_file('config', chosen)}", *rest]
 
 
 def _last_of_each(argv: Sequence[str]) -> list[str]:

@@ -35,3 +35,18 @@ def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Any) -> l
             )
         changed.append(f"config.{key} = {now[key]!r}, before {before[key]!r}")
     return changed
+
+
+def saved_config(saved: dict[str, Any]) -> ConfigDict:
+    """Returns the config of a run from the JSON that is saved with it; keys that are missing, in a
+    run by an older version, have their defaults."""
+    config = default()
+    known = flatten(config)
+    found = {key: _tuples(value) for key, value in flatten(saved).items() if key in known}
+    with config.ignore_type():
+        config.update_from_flattened_dict(found)
+    return config
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

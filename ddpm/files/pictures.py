@@ -12,14 +12,18 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ddpm.diffusion.pixels import to_uint8
 from ddpm.errors import InputError
 from ddpm.files.atomic import write_atomically
 
 PROVENANCE = "provenance"  # what made the images, in the .npz and the PNG: JSON
+FARTHEST = 10  # from 0, of a float that may still be noise on [-1, 1]
 
 
 def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 1) -> np.ndarray:
-    """Tiles uint8[n, H, W, C], near square unless `columns` is given: uint8[h, w, C]."""
+    """Tiles images [n, H, W, C], uint8 or floats in [-1, 1], near square unless `columns` is given:
+    uint8[h, w, C]."""
+    images = eight_bit(images)
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -31,6 +35,45 @@ def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 1) -> np.
     )
     whole = sheet.reshape(rows * (height + gap), columns * (width + gap), channels)
     return whole[: -gap or None, : -gap or None]
+
+
+def eight_bit(images: Any) -> np.ndarray:
+    """Returns images of any shape as uint8: as they are, or floats scaled from [-1, 1].
+
+    Floats a little outside, as noise is, are clipped. Raises ValueError for others, which would
+    come out black or white: of another range or type, or not finite.
+    """
+    pixels = np.asarray(images)
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype.kind not in "fV":  # JAX's bfloat16 is of kind V
+        raise ValueError(f"images of {pixels.dtype}: must be uint8, or floats in [-1, 1]")
+    pixels = pixels.astype(np.float32)
+    if not np.isfinite(pixels).all():
+        raise ValueError("images with values that are not finite")
+    if np.abs(pixels).max(initial=0) > FARTHEST:
+        raise ValueError(
+            f"images with values from {pixels.min():g} to {pixels.max():g}: must be uint8, or "
+            "floats in [-1, 1]"
+        )
+    return to_uint8(pixels)
+
+
+def show(images: Any, *, columns: int | None = None) -> Image.Image:
+    """Returns a grid of images as a Pillow picture, which a notebook displays.
+
+    Takes [n, H, W, 1 or 3], a single [H, W, 1 or 3], or grey ones [n, H, W]; NumPy or JAX, uint8 or
+    floats in [-1, 1]. Raises ValueError for others.
+    """
+    pixels = eight_bit(images)
+    if pixels.ndim == 3:
+        pixels = pixels[None] if pixels.shape[-1] in (1, 3) else pixels[..., None]
+    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or not pixels.size:
+        raise ValueError(
+            f"images of shape {np.shape(images)}: must be [n, H, W, C], [H, W, C] or [n, H, W], "
+            "with 1 or 3 channels"
+        )
+    return to_picture(grid(pixels, columns=columns), least_side=400)
 
 
 def to_picture(image: np.ndarray, *, least_side: int = 0) -> Image.Image:

@@ -11,21 +11,23 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm.build.checks import check, validate
+from ddpm.build.checks import check, with_sampling
 from ddpm.build.data import held_out as held_out_data
 from ddpm.build.data import source
-from ddpm.build.experiment import classifier
-from ddpm.config import flatten, nearest, to_json
+from ddpm.build.experiment import Experiment, classifier
+from ddpm.config import to_json
 from ddpm.data.images import check_image_shape
 from ddpm.errors import InputError
 from ddpm.evaluation import comparison, distances, features, report
 from ddpm.files.atomic import check_writable, write_atomically
 from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import RUN_ON, Run, draw, load_run, with_variance
+from ddpm.modes.measures.about import about_run
+from ddpm.modes.measures.fidelity import NAMES
 from ddpm.modes.measures.job import features_of_data, make_extractor
 from ddpm.training.logbook import say
 
-HEADER = ("sampler", "steps", "calls", "Fréchet distance", "s/image")
+HEADER = ("sampler", "steps", "calls", NAMES["frechet_distance"], "s/image ↓")
 SHOWN = 16  # samples of each entry in the picture
 
 
@@ -89,8 +91,10 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "", out: str = "
 
     rows: list[Row] = []
     shown: list[np.ndarray] = []
+    samplers: list[tuple[str, Experiment]] = []
     for entry, run in runs:
         run = with_variance(run, workdir)
+        samplers.append((entry.name, run.built))
         generator = run.generator(c.num_samples)
         clock: list[float] = []  # seconds of each batch
         kept: list[np.ndarray] = []
@@ -117,7 +121,7 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "", out: str = "
         rows.append(Row(entry.name, entry.steps, generator.evaluations, distance, seconds))
         shown.append(np.concatenate(kept))
         say("  ".join(map(str, shown_row(rows[-1]))))
-    _write(config, workdir, folder, first, rows, floor, shown)
+    _write(config, workdir, folder, first, rows, floor, shown, samplers)
 
 
 def parse(config: ConfigDict) -> list[Entry]:
@@ -126,26 +130,19 @@ def parse(config: ConfigDict) -> list[Entry]:
     # Common to all entries: the weights, the images to enlarge, the number of samples and the seed.
     of_all = ("sampler", "ema", "ema_relative_std", "low_resolution_images", "num_samples",
               "batch_size", "seed", "mp4")  # fmt: skip
-    known = {k: v for k, v in flatten(config.sampling).items() if k not in of_all}
     for text in c.samplers:
         where = _where(text)
         name, *options = text.split() or [""]
-        settings: dict[str, Any] = {"sampler": name}
-        for option in options:
-            key, equals, value = option.partition("=")
-            if not equals or key not in known:
-                raise InputError(f"{where}: {key!r} is no key of config.sampling"
-                                 f"{nearest(key, known)}")  # fmt: skip
-            settings[key] = _value(value)
-            if isinstance(known[key], float) and isinstance(settings[key], int):
-                settings[key] = float(settings[key])
+        if bare := [option for option in options if "=" not in option]:
+            raise InputError(
+                f"{where}: {bare[0]!r} is no key of config.sampling with its value, KEY=VALUE"
+            )
+        settings = {key: _value(value) for key, _, value in (o.partition("=") for o in options)}
         own = "steps" in settings or "times" in settings or name == "probability_flow"
         for steps in [settings.get("steps", 0)] if own else c.steps:
-            other = config.copy_and_resolve_references()
-            with other.ignore_type():
-                other.sampling.update(settings | {"steps": steps})
             try:
-                validate(other)
+                named = with_sampling(config, settings, of_all)
+                other = with_sampling(named, {"sampler": name, "steps": steps})
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
             times = settings.get("times", ())
@@ -179,6 +176,7 @@ def _write(
     rows: list[Row],
     floor: float | None,
     shown: list[np.ndarray],
+    samplers: list[tuple[str, Experiment]],
 ) -> None:
     c = config.comparison
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -212,7 +210,10 @@ def _write(
             columns=SHOWN,
         ),
     ]
-    page = report.page(f"Samplers of {workdir.resolve().name}", about, [("Samplers", fragments)])
+    title = f"Samplers of {workdir.resolve().name}"
+    measured = f"{day}, on {device}, jax {jax.__version__}"
+    of_run = about_run(run, workdir, (c.seed,), measured, samplers)
+    page = report.page(title, about, [("Samplers", fragments), of_run])
     text = json.dumps(result, indent=1) + "\n"
     write_atomically(folder / "comparison.json", lambda path: path.write_text(text))
     write_atomically(
@@ -228,12 +229,12 @@ def _write(
 def _plot(rows: list[Row], floor: float | None) -> str:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, (left, right) = report.axes(10, 4.2, columns=2)
+    (by_calls, left), (by_time, right) = report.axes(6, 4.5), report.axes(6, 4.5)
     for name in dict.fromkeys(row.name for row in rows):
         of = [row for row in rows if row.name == name]
         distance = [row.frechet_distance for row in of]
         left.plot([row.evaluations for row in of], distance, ".-", label=name)
-        right.plot([row.seconds for row in of], distance, ".-")
+        right.plot([row.seconds for row in of], distance, ".-", label=name)
     left.set(xlabel="calls of the denoiser", ylabel="Fréchet distance")
     right.set(xlabel="seconds an image", ylabel="Fréchet distance")
     for axes in (left, right):
@@ -245,5 +246,9 @@ def _plot(rows: list[Row], floor: float | None) -> str:
         axes.grid(alpha=0.3, which="both")
         if floor is not None and floor > 0:
             axes.axhline(floor, color="0.5", ls="--", lw=1)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    return report.plot(figure, "Quality against calls and against time; dashed: the floor.")
+    for figure in (by_calls, by_time):
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return report.pair(
+        report.plot(by_calls, "Quality against calls of the denoiser; dashed: the floor."),
+        report.plot(by_time, "Quality against time; dashed: the floor."),
+    )

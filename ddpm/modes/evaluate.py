@@ -19,6 +19,7 @@ from ddpm.files.atomic import check_writable, write_atomically
 from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import RUN_ON, load_run
 from ddpm.modes.measures import chains, fidelity, likelihoods
+from ddpm.modes.measures.about import about_run, sample_grid
 from ddpm.modes.measures.job import prepare
 from ddpm.training.logbook import say
 
@@ -93,7 +94,11 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "", out: str = 
         **({FAILED: failed} if failed else {}),
     }
     text = json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n"
-    page = report.page(f"Evaluation of {workdir.resolve().name}", about, sections)
+    seeds = () if config.evaluation.samples else config.evaluation.seeds
+    when = f"{day}, on {device}, jax {jax.__version__}"
+    first = [about_run(run, workdir, seeds, when, [("sampler", run.built)])]
+    first += sample_grid(job, workdir, drawn=bool({"distances", "neighbours"} & found.keys()))
+    page = report.page(f"Evaluation of {workdir.resolve().name}", about, [*first, *sections])
     write_atomically(folder / "evaluation.json", lambda path: path.write_text(text))
     write_atomically(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
     print(about)

@@ -22,7 +22,7 @@ from ddpm.build.checks import check, validate
 from ddpm.build.schedule import noise_schedule
 from ddpm.build.variance import UNMEASURED
 from ddpm.config import nearest, to_json
-from ddpm.config.command import check_file, parse
+from ddpm.config.command import find_file, make_importable, parse
 from ddpm.config.same_run import check_same_run
 from ddpm.errors import InputError, NotFinite
 from ddpm.evaluation import report
@@ -45,9 +45,11 @@ class Entry(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A figure of evaluation.json: its title, and a function that reads it."""
+    """A figure of evaluation.json: its title, the direction that is better, and a function that
+    reads it."""
 
     title: str
+    better: str
     of: Callable[[dict[str, Any]], float]
     digits: int = 3
 
@@ -57,25 +59,25 @@ def _sampled(name: str) -> Callable[[dict[str, Any]], float]:
 
 
 COLUMNS = (
-    Column("bits/dim, held out", lambda found: _bits(found["bound"]["held out"])),
-    Column("bits/dim, train", lambda found: _bits(found["bound"]["train"])),
-    Column("bits/dim of the flow", lambda found: found["flow"][DEQUANTISED]["bits_per_dim"]),
-    Column("Fréchet distance", _sampled("frechet_distance")),
-    Column("Inception score", _sampled("inception_score")),
-    Column("precision", _sampled("precision")),
-    Column("recall", _sampled("recall")),
+    Column("bits/dim, held out", "↓", lambda found: _bits(found["bound"]["held out"])),
+    Column("bits/dim, train", "↓", lambda found: _bits(found["bound"]["train"])),
+    Column("bits/dim of the flow", "↓", lambda found: found["flow"][DEQUANTISED]["bits_per_dim"]),
+    Column("Fréchet distance", "↓", _sampled("frechet_distance")),
+    Column("Inception score", "↑", _sampled("inception_score")),
+    Column("precision", "↑", _sampled("precision")),
+    Column("recall", "↑", _sampled("recall")),
 )
 
 
 def entries(names: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
-    """Returns the entries for FILE.py, with all its variants if it has any, and FILE.py:VARIANT.
+    """Returns the entries for FILE.py or NAME, with all its variants if it has any, and for
+    FILE.py:VARIANT.
 
     The config flags in `overrides` apply to each. Raises InputError for a wrong one.
     """
     found = []
     for name in names:
-        file, _, variant = name.partition(":")
-        check_file("configs", name)
+        file, _, variant = find_file("configs", name).partition(":")
         known = _variants(file)
         if variant and variant not in known:
             there = f"its variants are {', '.join(known)}" if known else "it has no variants"
@@ -203,7 +205,9 @@ def _write(rows: Sequence[Entry], seeds: Sequence[int], folder: Path) -> None:
         + ((f"{diverged[entry.name]} of {len(seeds)}",) if any(diverged.values()) else ())
         for entry in rows
     ]
-    header = ("run", *(c.title for c in shown)) + ((DIVERGED,) if any(diverged.values()) else ())
+    header = ("run", *(f"{c.title} {c.better}" for c in shown)) + (
+        (DIVERGED,) if any(diverged.values()) else ()
+    )
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     result = {
         "date": day,
@@ -242,6 +246,7 @@ def _variants(file: str) -> list[str]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
+        make_importable()
         spec.loader.exec_module(module)
     except Exception as error:  # a config file may raise anything
         raise InputError(f"--configs={file}: {type(error).__name__}: {error}") from error

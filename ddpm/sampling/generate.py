@@ -57,10 +57,11 @@ class Generator:
             indices = start + jnp.arange(batch_size)
             if sharding is not None:
                 indices, *images = jax.lax.with_sharding_constraint((indices, *images), sharding)
-            keys = sample_keys(jax.random.key(seed), indices)
+            typed = jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+            keys = sample_keys(seed if typed else jax.random.key(seed), indices)
             denoiser = make_denoiser(params, indices, *images)
             chain = sample_chain(keys, schedule, denoiser, shape, snapshots=0, **options)
-            return to_uint8(chain.x_0), jnp.isfinite(chain.x_0).all(), chain.evaluations
+            return chain.x_0, jnp.isfinite(chain.x_0).all(), chain.evaluations
 
         def draw_chain(
             snapshots: int, params: Any, keys: jax.Array, *images: jax.Array
@@ -86,6 +87,7 @@ class Generator:
         self._draw_predicted = jax.jit(draw_predicted, static_argnums=0)
         self._draw_sharing = jax.jit(draw_sharing, static_argnums=0)
         self._draw = jax.jit(draw)
+        self._to_uint8 = jax.jit(to_uint8)
         self._draw_chain = jax.jit(draw_chain, static_argnums=0)
 
     def batches(self, params: Any, num_samples: int, *, seed: int) -> Iterator[np.ndarray]:
@@ -93,9 +95,23 @@ class Generator:
 
         Raises InputError for samples that are not finite, which uint8 would hide.
         """
+        for left, x_0 in self._drawn(params, num_samples, seed):
+            yield _whole(self._to_uint8(x_0))[:left]
+
+    def floats(self, params: Any, num_samples: int, key: jax.Array) -> np.ndarray:
+        """Returns what `samples` rounds to 8 bits, x_0 in about [-1, 1], float32[num_samples, H, W,
+        C], by a key: jax.random.key(seed) for those of a seed."""
+        drawn = self._drawn(params, num_samples, key)
+        return np.concatenate([_whole(x_0)[:left] for left, x_0 in drawn])
+
+    def _drawn(
+        self, params: Any, num_samples: int, seed: int | jax.Array
+    ) -> Iterator[tuple[int, jax.Array]]:
+        """Yields how many samples are left to draw, and the next batch of them, whole."""
+        root = seed if isinstance(seed, jax.Array) else np.uint32(seed)
         for start in range(0, num_samples, self.batch_size):
-            images, finite, calls = self._draw(
-                params, np.uint32(seed), np.int32(start), *self._given(start, self.batch_size)
+            x_0, finite, calls = self._draw(
+                params, root, np.int32(start), *self._given(start, self.batch_size)
             )
             self.evaluations = int(calls)
             if not finite:
@@ -103,7 +119,7 @@ class Generator:
                     f"samples {start}..{start + self.batch_size - 1} are not finite: the model "
                     "diverged; try config.sampling.clip = True, or an earlier checkpoint"
                 )
-            yield _whole(images)[: num_samples - start]
+            yield num_samples - start, x_0
 
     def samples(self, params: Any, num_samples: int, *, seed: int) -> np.ndarray:
         """Returns all samples at once, uint8[num_samples, H, W, C]."""

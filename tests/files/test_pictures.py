@@ -3,13 +3,24 @@ import os
 import sys
 
 import imageio_ffmpeg
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
 from ddpm.data import sources
+from ddpm.diffusion.pixels import to_float
 from ddpm.errors import InputError
-from ddpm.files.pictures import grid, save_gif, save_grid, save_mp4, save_npz, to_picture
+from ddpm.files.pictures import (
+    eight_bit,
+    grid,
+    save_gif,
+    save_grid,
+    save_mp4,
+    save_npz,
+    show,
+    to_picture,
+)
 
 
 def images(n, channels, height=2, width=3):
@@ -216,3 +227,54 @@ def test_failure_leaves_no_grid(tmp_path):
     with pytest.raises((TypeError, ValueError)):
         save_grid(tmp_path / "grid.png", images(4, 5))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (np.zeros((4, 6, 6, 3), np.float32), (403, 403)),
+        (np.zeros((6, 6, 1)), (402, 402)),
+        (np.zeros((4, 6, 6), np.uint8), (403, 403)),
+        (jnp.zeros((4, 6, 6, 1), jnp.bfloat16), (403, 403)),
+    ],
+)
+def test_show_takes_what_a_notebook_has(given, size):
+    picture = show(given)
+    assert picture.size == size
+    assert hasattr(picture, "_repr_png_")  # what a notebook asks for
+    value = 0 if given.dtype == np.uint8 else 128
+    assert picture.getpixel((0, 0)) in (value, (value,) * 3)
+
+
+def test_floats_are_shown_as_they_are_scaled(tmp_path):
+    """Also in files; noise beyond the range is clipped."""
+    x = images(6, 1)
+    floats = to_float(x)
+    assert show(floats).tobytes() == show(x).tobytes()
+    for name, given in (("a.png", x), ("b.png", floats)):
+        save_grid(tmp_path / name, given)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    ends = np.array([-4.2, -1, 1, 3.9]).reshape(1, 2, 2, 1)
+    assert eight_bit(ends).ravel().tolist() == [0, 0, 255, 255]
+    assert show(x, columns=6).width > show(x, columns=6).height
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (np.full((1, 4, 4, 1), 200.0), "values from 200 to 200: must be uint8, or floats in"),
+        (np.zeros((1, 4, 4, 1), np.int32), "images of int32: must be uint8, or floats in"),
+        (np.zeros((1, 4, 4, 1), bool), "images of bool"),
+        (np.full((1, 4, 4, 1), np.nan), "not finite"),
+        (np.zeros((1, 4, 4, 2)), r"shape \(1, 4, 4, 2\): must be \[n, H, W, C\]"),
+        (np.zeros((4, 4)), r"shape \(4, 4\)"),
+        (np.zeros((0, 4, 4, 1)), r"shape \(0, 4, 4, 1\)"),
+    ],
+)
+def test_what_would_come_out_black_or_white_is_refused(tmp_path, given, said):
+    with pytest.raises(ValueError, match=said):
+        show(given)
+    if given.ndim == 4 and given.shape[-1] == 1 and given.size:
+        with pytest.raises(ValueError, match=said):
+            save_grid(tmp_path / "new.png", given)
+        assert not (tmp_path / "new.png").exists()

@@ -12,16 +12,16 @@ from ddpm.evaluation.report import number
 from ddpm.modes.measures.job import Job, Measured
 
 NEIGHBOURS = 12
-NAMES = {
-    "frechet_distance": "Fréchet distance",
-    "kernel_distance": "kernel distance (KID)",
-    "precision": "precision, k = 3",
-    "recall": "recall, k = 3",
-    "density": "density, k = 5",
-    "coverage": "coverage, k = 5",
-    "two_sample_accuracy": "two-sample test, 1-NN",
-    "inception_score": "Inception score",
-    "class_distance": "distance of class shares",
+NAMES = {  # with the direction that is better
+    "frechet_distance": "Fréchet distance ↓",
+    "kernel_distance": "kernel distance (KID) ↓",
+    "precision": "precision, k = 3 ↑",
+    "recall": "recall, k = 3 ↑",
+    "density": "density, k = 5 ↑",
+    "coverage": "coverage, k = 5 ↑",
+    "two_sample_accuracy": "two-sample test, 1-NN → 0.5",
+    "inception_score": "Inception score ↑",
+    "class_distance": "distance of class shares ↓",
 }
 
 

@@ -67,7 +67,7 @@ def bound(job: Job) -> Measured:
             "rmse": found.rmse.tolist(),
         }
         of = f"{name}, {found.images:,} images"
-        rows.append(("L <=, bits/dim", of, _pm(found.total), about))
+        rows.append(("L (NLL <=), bits/dim ↓", of, _pm(found.total), about))
         for label, value in (
             ("   L_0, distortion", found.decoder),
             ("   L_1 .. L_{T-1}, rate", found.steps),
@@ -81,9 +81,9 @@ def bound(job: Job) -> Measured:
 
 def _curves(name: str, found: bounds.BoundSummary) -> list[str]:
     t = np.arange(1, len(found.step) + 1)
-    figure, (left, right) = report.axes(10, 3.8, columns=2)
+    (terms, left), (coding, right) = report.axes(6, 4), report.axes(6, 4)
     left.loglog(t, found.step, ".", ms=3)
-    left.set(xlabel="t", ylabel="L_{t-1}, bits/dim")
+    left.set(xlabel="$t$", ylabel="$L_{t-1}$, bits/dim")
     right.plot(found.rate, found.rmse, ".-", ms=3, lw=0.8)
     right.set(xlabel="rate, bits/dim", ylabel="distortion, RMSE on [0, 255]")
     for axes in (left, right):
@@ -96,12 +96,17 @@ def _curves(name: str, found: bounds.BoundSummary) -> list[str]:
         (steps - k + 1, k, number(found.rate[k - 1], 5), number(found.rmse[k - 1], 3))
         for k in chosen
     ]
-    caption = (
-        f"{name}: the bound's terms over t, and progressive coding (the paper's Figure 5): the "
-        "distortion of x_0 as predicted from x_t, against what has been received by then."
+    curves = report.pair(
+        report.plot(terms, f"{name}: the bound's terms L_{{t-1}} over t."),
+        report.plot(
+            coding,
+            f"{name}: progressive coding (the paper's Figure 5). The distortion of x_0 as "
+            "predicted from x_t, against what has been received by then.",
+        ),
     )
     header = ("reverse steps", "t", "rate, bits/dim", "RMSE on [0, 255]")
-    return [report.plot(figure, caption), report.table(header, rows)]
+    table = report.table(header, rows)
+    return [curves, report.folded(f"{name}: rate and distortion as a table", table)]
 
 
 def flow_likelihood(job: Job) -> Measured:
@@ -150,7 +155,14 @@ def flow_likelihood(job: Job) -> Measured:
         }
         how = f"{trace}, tolerance {e.flow_tolerance:g}, {np.mean(calls):.0f} evaluations"
         how += _given(built.config)
-        rows.append((f"flow, {way}", f"{split}, {len(of_images):,} images", _pm(mean), how))
+        rows.append(
+            (
+                f"flow, {way}, bits/dim ↓",
+                f"{split}, {len(of_images):,} images",
+                _pm(mean),
+                how,
+            )
+        )
     words = (
         "Bits/dim by the probability-flow ODE between t = 1 and T. With uniform dequantisation the "
         "density at t = 1 is taken for that of the data; with the decoder, the step from x_1 to "
