@@ -10,12 +10,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ddpm.diffusion.pixels import HALF_BIN, to_uint8
 from ddpm.errors import InputError
 from ddpm.files.atomic import write_atomically
 
 
 def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 1) -> np.ndarray:
-    """Tiles uint8[n, H, W, C], near square unless `columns` is given: uint8[h, w, C]."""
+    """Tiles [n, H, W, C], near square unless `columns` is given: uint8[h, w, C].
+
+    Raises ValueError as `as_pixels` does.
+    """
+    images = as_pixels(images)
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -29,6 +34,27 @@ def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 1) -> np.
     return whole[: -gap or None, : -gap or None]
 
 
+def as_pixels(images: Any) -> np.ndarray:
+    """Returns pictures [n, H, W, 1 or 3] as uint8: as they are, or from floats in [-1, 1].
+
+    Raises ValueError for other types, shapes and values.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
+        raise ValueError(f"images of shape {images.shape}: must be [n, H, W, 1 or 3]")
+    if images.dtype == np.uint8:
+        return images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"images of {images.dtype}: must be uint8, or floats in [-1, 1]")
+    least, most = float(images.min()), float(images.max())
+    if not -1 - HALF_BIN <= least <= most <= 1 + HALF_BIN:  # what rounds to a pixel may pass
+        raise ValueError(
+            f"images of {images.dtype} from {least:g} to {most:g}: floats must be in [-1, 1]: clip "
+            "them, np.clip(images, -1, 1), or give pixels as uint8"
+        )
+    return to_uint8(images)
+
+
 def to_picture(image: np.ndarray, *, least_side: int = 0) -> Image.Image:
     """Returns uint8[H, W, 1 or 3] as a Pillow image, enlarged by a whole factor to a side of
     least_side."""
@@ -40,13 +66,17 @@ def to_picture(image: np.ndarray, *, least_side: int = 0) -> Image.Image:
 
 
 def save_grid(path: Path, images: np.ndarray, *, columns: int | None = None) -> None:
-    """Writes a PNG of at least 400 pixels; small images are enlarged without blurring."""
+    """Writes a PNG of at least 400 pixels; small images are enlarged without blurring.
+
+    images: [n, H, W, 1 or 3], uint8 or floats in [-1, 1]. Raises ValueError for others.
+    """
     picture = to_picture(grid(images, columns=columns), least_side=400)
     write_atomically(path, lambda p: picture.save(p, format="PNG"))
 
 
 def save_gif(path: Path, frames: np.ndarray, *, milliseconds: int = 60) -> None:
-    """Writes uint8[frames, n, H, W, C] as a looping GIF of grids that rests on the last one."""
+    """Writes a looping GIF of grids that rests on the last one: [frames, n, H, W, C], of what
+    `save_grid` takes."""
     pictures = [to_picture(grid(images), least_side=400) for images in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [2000]
     write_atomically(
@@ -63,8 +93,8 @@ def save_mp4(path: Path, frames: np.ndarray, *, milliseconds: int = 60) -> None:
     Raises InputError where the package imageio-ffmpeg is missing, ValueError for other arrays.
     """
     write_frames = mp4_writer()
-    if frames.dtype != np.uint8 or frames.ndim != 5 or not frames.size:
-        raise ValueError(f"frames of {frames.dtype}{list(frames.shape)}: uint8[frames, n, H, W, C]")
+    if frames.ndim != 5 or not frames.size:
+        raise ValueError(f"frames of shape {frames.shape}: must be [frames, n, H, W, C]")
     first = to_picture(grid(frames[0]), least_side=400)
     size = first.width + first.width % 2, first.height + first.height % 2
     rests = [len(frames) - 1] * round(2000 / milliseconds)

@@ -1,6 +1,7 @@
 import sys
 
 import imageio_ffmpeg
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
@@ -44,6 +45,38 @@ def test_picture_is_enlarged_pixel_by_pixel(channels, mode):
     enlarged = np.asarray(picture).reshape(8, 12, channels)
     assert (enlarged == x.repeat(4, 0).repeat(4, 1)).all()
     assert (np.asarray(to_picture(x)).reshape(x.shape) == x).all()
+
+
+def test_floats_are_the_pixels_they_stand_for(tmp_path):
+    """Samples of -1..1 cast to uint8 would be near black."""
+    x = images(4, 3)
+    scaled = x / 127.5 - 1
+    for same in (scaled, np.float32(scaled), jnp.float32(scaled), scaled * (1 + 1e-6)):
+        assert (grid(same) == grid(x)).all()
+    save_gif(tmp_path / "a.gif", np.stack([scaled, scaled]))
+    save_gif(tmp_path / "b.gif", np.stack([x, x]))
+    assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.float32(images(4, 1)), "from 0 to 23: floats must be in"),
+        (images(4, 1) / 127.5 - 1.1, "floats must be in"),
+        (np.full((1, 2, 2, 1), np.nan), "floats must be in"),
+        (np.int32(images(4, 1)), "of int32: must be uint8, or floats"),
+        (images(4, 1) > 3, "of bool: must be uint8, or floats"),
+        (images(4, 1)[0], "must be .n, H, W, 1 or 3."),
+        (images(2, 3)[..., :2], "must be .n, H, W, 1 or 3."),
+        (images(2, 3)[:0], "must be .n, H, W, 1 or 3."),
+    ],
+)
+def test_what_is_no_picture_is_refused(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        save_grid(tmp_path / "grid.png", wrong)
+    with pytest.raises(ValueError, match=message):
+        save_gif(tmp_path / "chain.gif", wrong[None])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -108,7 +141,7 @@ def test_mp4_without_its_package_says_what_to_install(tmp_path, monkeypatch):
 
 def test_mp4_of_other_arrays_is_refused(tmp_path):
     for frames in (images(2, 3), np.zeros((2, 1, 4, 4, 3)), np.zeros((0, 1, 4, 4, 3), np.uint8)):
-        with pytest.raises(ValueError, match="uint8"):
+        with pytest.raises(ValueError, match="must be"):
             save_mp4(tmp_path / "chain.mp4", frames)
     assert list(tmp_path.iterdir()) == []
 
