@@ -153,24 +153,26 @@ def test_commands_sample_and_evaluate(own_run):
     assert next((own_run / "samples").glob("*_n5.npz"))
 
 
-@pytest.mark.parametrize("times", ["uniform", "importance"])
-@pytest.mark.parametrize("rate", [ema.constant(0.9), ema.warm_up(0.9), ema.half_life(9.0, 2)])
-def test_a_training_step_keeps_the_types_of_its_state(times, rate):
-    """A network with all inputs, as features and labels are."""
+def test_a_training_step_keeps_the_types_of_its_state():
+    """Of a network with every input, losses that are remembered, and averages of all kinds."""
+    rates = ema.warm_up(0.9), ema.half_life(9.0, 2)
     config = default()
     config.model.update(channels=8, channel_multipliers=(1,), num_groups=4, num_classes=3)
     config.model.update(attention_resolutions=(), low_resolution=4)
-    config.training.update(augmentation=0.1, times=times)
+    config.training.update(augmentation=0.1, times="importance")
     with jax.enable_x64(True):
         built = experiment.build(config, (8, 8, 1))
         state = jax.eval_shape(
-            lambda: init(built.model, built.optimizer, (8, 8, 1), 0, built.objective)
+            lambda: init(
+                built.model, built.optimizer, (8, 8, 1), 0, built.objective, other_averages=2
+            )
         )
         step = make_train_step(
             built.model,
             built.objective,
             built.optimizer,
-            ema_decay=rate,
+            ema_decay=0.9,
+            other_ema_rates=rates,
             seed=0,
             num_classes=3,
             label_dropout=0.1,

@@ -23,7 +23,6 @@ from ddpm.diffusion.process import (
     no_memory,
 )
 from ddpm.diffusion.schedules import NoiseSchedule
-from ddpm.diffusion.times import whole_number
 from ddpm.diffusion.variances import ReverseVariance
 
 INFINITE_SIGMA = (
@@ -147,5 +146,7 @@ def times(num_steps: int, steps: int | None = None) -> np.ndarray:
 
 def check_steps(num_steps: int, steps: int) -> None:
     """Raises ValueError unless 1 <= steps <= T, and whole."""
-    if whole_number("steps", steps, 0) not in range(1, num_steps + 1):
-        raise ValueError(f"{steps} sampling steps: must be between 1 and T = {num_steps}")
+    if not isinstance(steps, int | np.integer) or not 1 <= steps <= num_steps:
+        raise ValueError(
+            f"{steps} sampling steps: must be a whole number between 1 and T = {num_steps}"
+        )

@@ -176,5 +176,5 @@ def test_number_of_sampling_steps_is_whole(steps):
         lambda: ddpm.grids.log_snr(SCHEDULE, steps),
         lambda: ddpm.sample(KEY, SCHEDULE, denoise, (3, 2), sampler=ddpm.ddim(steps=steps)),
     ):
-        with pytest.raises(ValueError, match=r"steps = .*: must be a whole number"):
+        with pytest.raises(ValueError, match="sampling steps: must be a whole number"):
             ask()

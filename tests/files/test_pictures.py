@@ -140,7 +140,11 @@ def test_mp4_without_its_package_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_mp4_of_other_arrays_is_refused(tmp_path):
-    for frames in (images(2, 3), np.zeros((2, 1, 4, 4, 3)), np.zeros((0, 1, 4, 4, 3), np.uint8)):
+    for frames in (
+        images(2, 3),
+        np.zeros((2, 1, 4, 4, 3), int),
+        np.zeros((0, 1, 4, 4, 3), np.uint8),
+    ):
         with pytest.raises(ValueError, match="must be"):
             save_mp4(tmp_path / "chain.mp4", frames)
     assert list(tmp_path.iterdir()) == []
