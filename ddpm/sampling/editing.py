@@ -142,6 +142,17 @@ def inpaint(
     """Returns x_0 with what is not kept drawn anew, to fit: RePaint (Lugmayr et al. 2022, Algorithm
     1).
 
+    It is approximate, also with an exact denoiser. On two pixels of a Gaussian with correlation
+    0.73, with `schedules.linear(1000)`, 250 steps, jumps of 10 and `fixed_small`, the mean of the
+    painted pixel goes this part of the way from the marginal to the conditional mean, and its
+    standard deviation is this multiple of the conditional's:
+
+        resamplings              1      10     30     100
+        way to the mean          0.56   0.93   0.97   0.98
+        standard deviation       1.12   0.96   0.95   0.95
+
+    Shorter chains are worse, however many the resamplings: 50 steps end at 0.72 of the way.
+
     Args:
       keep: bool, [B, ...] or broadcastable to it: True where x_0 is known.
       sampler: one without a memory; with few steps not `fixed_large`.
