@@ -34,12 +34,19 @@ def dpm_solver(order: int = 2, *, stochastic: bool = False, steps: int | None = 
     half of its quadratic term, and measures as of order 2.
 
     Args:
-      stochastic: solves the SDE (Lu et al. 2022, appendix; order 1 is ancestral sampling with
-        `fixed_small`).
+      stochastic: solves the SDE (Lu et al. 2022, appendix), with order 1, ancestral sampling with
+        `fixed_small`, or 2. These are weak orders: of the samples' distribution. The formula of
+        order 3 is of weak order 2 too, and no more precise, as the noise of a step moves x_0 along
+        it.
 
     Raises ValueError for another order.
     """
     _check_order(order)
+    if stochastic and order == _HIGHEST:
+        raise ValueError(
+            "order = 3 with stochastic = True: the SDE's samples would be no more precise than "
+            "with order 2: take order 1 or 2, or the ODE"
+        )
 
     def step(
         schedule: NoiseSchedule,
