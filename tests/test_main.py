@@ -37,7 +37,7 @@ def contents(folder):
     ("flags", "said"),
     [
         (["--config.model.chanels=8"], ["model.chanels", "did you mean 'model.channels'"]),
-        (["--config.training.batch_size=many"], ["batch_size"]),
+        (["--config.training.batch_size=many"], ["batch_size=many: must be of type int"]),
         (["--config.diffusion.schedule=liner"], ["did you mean 'linear'"]),
         (["--config=configs/nothing.py"], ["configs/nothing.py"]),
         (["--config=configs/ablations/table2.py:eps_ms"], ["did you mean 'eps_mse'"]),
