@@ -56,7 +56,7 @@ def predict(denoise: Denoiser, x_t: jax.Array, t: jax.Array) -> Prediction:
 
 def _in_type_of(x_t: jax.Array, x: jax.Array) -> jax.Array:
     floats = all(jnp.issubdtype(jnp.result_type(a), jnp.floating) for a in (x_t, x))
-    return jnp.asarray(x, x_t.dtype) if floats else x
+    return jnp.asarray(x, jnp.result_type(x_t)) if floats else x
 
 
 class Parameterization:

@@ -178,3 +178,10 @@ def test_number_of_sampling_steps_is_whole(steps):
     ):
         with pytest.raises(ValueError, match="sampling steps: must be a whole number"):
             ask()
+
+
+def test_float64_of_numpy_is_taken_as_float32():
+    x = np.float64(X)
+    found = ddpm.clipped(SCHEDULE, denoise)(x, np.int64([1, 2, 3]))
+    assert found.x_0.dtype == np.float32
+    assert ddpm.q_sample(SCHEDULE, x, np.int64([1, 2, 3]), x).dtype == np.float32
