@@ -37,7 +37,7 @@ def contents(folder):
     ("flags", "said"),
     [
         (["--config.model.chanels=8"], ["model.chanels", "did you mean 'model.channels'"]),
-        (["--config.training.batch_size=many"], ["batch_size"]),
+        (["--config.training.batch_size=many"], ["batch_size=many: must be of type int"]),
         (["--config.diffusion.schedule=liner"], ["did you mean 'linear'"]),
         (["--config=configs/nothing.py"], ["configs/nothing.py"]),
         (["--config=configs/ablations/table2.py:eps_ms"], ["did you mean 'eps_mse'"]),
@@ -179,8 +179,18 @@ def test_other_images_in_the_same_run_folder(tmp_path):
     [
         ({"training.loss_weight": "x_0"}, "'x_0' counts an error of 'eps' at t = T as 1e+05 at"),
         ({"diffusion.schedule": "linear"}, "alpha_bar_T = 0.82: x_T still shows the data"),
+        *(
+            (
+                {"diffusion.zero_terminal_snr": True, "diffusion.prediction": prediction,
+                 "training.loss_weight": weight},
+                f"loss_weight = '{weight}' is 0 at t = T" if untrained else "",
+            )
+            for prediction in ("v", "x_0")
+            for weight, untrained in (("simple", True), ("min_snr", True), ("p2", True),
+                                      ("none", False), ("v", False), ("truncated_snr", False))
+        ),
     ],
-)
+)  # fmt: skip
 def test_what_looks_like_a_mistake_is_reported_at_the_start(tmp_path, capsys, changes, said):
     config = digits.get_config()
     config.diffusion.num_steps = 20
@@ -193,7 +203,7 @@ def test_what_looks_like_a_mistake_is_reported_at_the_start(tmp_path, capsys, ch
     printed = capsys.readouterr().err
     assert said in printed
     assert "6 parameters, 1,438 images of 8x8x1" in printed
-    assert printed.count("\n") == 2
+    assert printed.count("\n") == 1 + bool(said)
 
 
 def test_compiled_programs_are_kept_and_reported_once(tmp_path, monkeypatch):

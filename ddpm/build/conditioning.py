@@ -57,8 +57,8 @@ def prepare(config: ConfigDict, image_shape: tuple[int, int, int]) -> Prepare | 
             features.append(how)
         if small is not None:
             z = inputs.averaged(x_0, small)
-            level = t.low_resolution_noise * jax.random.uniform(of_levels, (len(x_0),))
-            noise = jax.random.normal(of_noise, z.shape)
+            level = t.low_resolution_noise * jax.random.uniform(of_levels, (len(x_0),), jnp.float32)
+            noise = jax.random.normal(of_noise, z.shape, jnp.float32)
             image, level_feature = inputs.low_resolution(z, level, noise, image_shape[:2])
             features.append(level_feature)
         return x_0, Conditioning(image, jnp.concatenate(features, axis=-1))
@@ -80,10 +80,10 @@ def given(
     """
     if small is None:
         return Conditioning()
-    level, noise = jnp.zeros(()), jnp.zeros_like(small)
+    level, noise = jnp.zeros((), jnp.float32), jnp.zeros_like(small)
     if indices is not None and config.sampling.low_resolution_noise:
         keys = sample_keys(jax.random.key(config.sampling.seed), indices)
-        level = jnp.asarray(config.sampling.low_resolution_noise)
+        level = jnp.float32(config.sampling.low_resolution_noise)
         noise = normal(keys, LOW_RESOLUTION_NOISE, small.shape[1:])
     image, features = inputs.low_resolution(small, level, noise, size)
     if config.training.augmentation:

@@ -118,7 +118,7 @@ class Experiment(NamedTuple):
         s, classes = self.config.sampling, self.config.model.num_classes
         label = None
         if classes and (s.label >= 0 or indices is not None):
-            label = jnp.full(1, s.label) if s.label >= 0 else indices % classes
+            label = jnp.full(1, s.label, jnp.int32) if s.label >= 0 else indices % classes
         labelled = self._network(params, label, small, indices)
         unlabelled = self._network(params, None, small, indices)
         return conditioning.denoiser(

@@ -289,7 +289,8 @@ def weight_at_end(config: ConfigDict, schedule: NoiseSchedule) -> float:
     """Returns the weight of an error of the output at t = T, in units of the median over 1..T.
 
     Where the signal vanishes and the weight does not, eps says so little of x_0 that nearly all of
-    the loss is there. Nothing refuses that.
+    the loss is there. Where the weight vanishes too, the network is not trained at T, where samples
+    begin. Nothing refuses either; training says so at start.
     """
     prediction, name = config.diffusion.prediction, config.training.loss_weight
     if name == "none" or prediction == "edm":  # 1 on its own error; made for any weight

@@ -74,8 +74,13 @@ _CLASSIFIER = Part(
 
 
 def plain_sampler(config: ConfigDict, variance: ReverseVariance = fixed_large) -> Sampler:
-    """Returns the sampler of config.sampling, without corrector steps."""
-    return SAMPLERS[config.sampling.sampler].make(config.sampling, variance)
+    """Returns the sampler of config.sampling, without corrector steps; InputError for settings
+    that it refuses."""
+    name = config.sampling.sampler
+    try:
+        return SAMPLERS[name].make(config.sampling, variance)
+    except ValueError as error:
+        raise InputError(f"config.sampling.sampler = {name!r}: {error}") from error
 
 
 def sampler(config: ConfigDict, variance: ReverseVariance = fixed_large) -> Sampler:
@@ -91,10 +96,10 @@ def sampler(config: ConfigDict, variance: ReverseVariance = fixed_large) -> Samp
 def times(config: ConfigDict, schedule: NoiseSchedule) -> np.ndarray:
     """Returns the times that the sampler visits, [N + 1]; InputError for what cannot be."""
     s, last = config.sampling, schedule.num_steps
+    most = 1 if plain_sampler(config).adaptive else last
     try:
         if s.times:
             return check_times(s.times, last)
-        most = 1 if plain_sampler(config).adaptive else last
         return GRIDS[s.grid].make(s, schedule, s.steps or most)
     except ValueError as error:
         raise InputError(f"config.sampling: {error}") from error

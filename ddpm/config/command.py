@@ -4,6 +4,7 @@ The experiments that come with the library can be named: --config=digits, in wha
 """
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,8 @@ def parse(argv: Sequence[str], values: flags.FlagValues | None = None) -> flags.
         )
         rest = values(argv)
     except flags.Error as error:
-        raise InputError(_error_of_file(error) or str(error)) from error
+        wrong = _error_of_file(error) or _wrong_value(argv, error) or _last_line(error)
+        raise InputError(wrong) from error
     except (AttributeError, KeyError) as error:
         wrong = _wrong_key(argv) or f"the config cannot be read: {first_line(error)}"
         raise InputError(wrong) from error
@@ -155,6 +157,27 @@ def _wrong_key(argv: Sequence[str]) -> str:
         if argument.startswith("--config.") and key not in known:
             return f"--config.{key}: there is no such key{nearest(key, known)}"
     return ""
+
+
+def _wrong_value(argv: Sequence[str], error: BaseException) -> str:
+    """Returns what is wrong with an override not of its key's type, '' for another error."""
+    for argument in overrides(argv):
+        name, _, value = argument.lstrip("-").partition("=")
+        if f"flag --{name}={value}" in str(error):
+            kind = type(flatten(default())[name.removeprefix("config.")]).__name__
+            return f"--{name}={value}: must be of type {kind}"
+    return ""
+
+
+def _last_line(error: BaseException) -> str:
+    """Returns the flag's error in one line; of a config file's traceback where it is, and what."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    found = re.match("flag (--config=([^:]*)[^:]*):", lines[0]) if lines else None
+    if found is None or len(lines) == 1:
+        return first_line(error)
+    places = [line for line in lines if line.startswith(f'File "{found[2]}", line ')]
+    where = f", line {re.findall('line ([0-9]+)', places[-1])[0]}" if places else ""
+    return f"{found[1]}{where}: {lines[-1]}"
 
 
 def _error_of_file(error: BaseException) -> str:

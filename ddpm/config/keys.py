@@ -102,7 +102,7 @@ def default() -> ConfigDict:
     config.sampling.variance = "fixed_large"  # for ancestral
     config.sampling.analytic_images = 64  # to measure variance 'analytic' on, once
     config.sampling.eta = 0.0  # for ddim
-    config.sampling.order = 2  # for dpm_solver and unipc: 1, 2 or 3
+    config.sampling.order = 2  # for dpm_solver (1, 2 if stochastic) and unipc: 1, 2 or 3
     config.sampling.stochastic = False  # dpm_solver for the SDE, not the ODE
     config.sampling.churn = 0.0  # for heun: S_churn, noise added back
     config.sampling.churn_range = ()  # (S_tmin, S_tmax) in sigma/alpha; (): everywhere

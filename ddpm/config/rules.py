@@ -44,12 +44,26 @@ def _check_type(key: str, value: Any, example: Any) -> None:
         raise InputError(f"config.{key} = {value!r}: must be of type {type(example).__name__}")
 
 
-def _whole(least: int) -> tuple[Any, str]:
-    return lambda v: v >= least, f"a whole number >= {least}"
+# The largest numbers that are not refused at once: beyond them no memory holds what they ask for.
+_MOST_COUNTED = 2**31 - 1  # by int32, as steps and samples are
+_MOST_IN_BATCH = 2**20
+_WIDEST = 2**14  # of one 3x3 convolution 10 GB, as of one side of an image
+_DEEPEST = 1000  # layers, or visits of one place
+_MOST_NOISE_LEVELS = 10**6
+_LARGEST = 3.4e38  # in float32
+
+
+def _whole(least: int, most: int = _MOST_COUNTED) -> tuple[Any, str]:
+    return lambda v: least <= v <= most, f"a whole number >= {least}, at most {most}"
 
 
 def _sizes(v: Any) -> bool:
-    return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in v)
+    return all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= _WIDEST for n in v)
+
+
+def _counts(v: Any) -> bool:
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in v)
+    return bool(v) and whole and all(0 < n <= _MOST_COUNTED for n in v)
 
 
 def _exponents(v: Any) -> bool:
@@ -63,7 +77,7 @@ def _range(v: Any) -> bool:
 
 
 def _box(v: Any) -> bool:
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in v)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _WIDEST for n in v)
     return not v or (len(v) == 4 and whole and min(v[2:]) > 0)
 
 
@@ -87,48 +101,52 @@ def _interval(v: Any) -> bool:
     return not v or (len(v) == 2 and numbers and 0 <= v[0] < v[1])
 
 
-_FINITE = (lambda v: abs(v) < float("inf"), "a finite number")
-_POSITIVE = (lambda v: 0 < v < float("inf"), "a number > 0")
-_NOT_NEGATIVE = (lambda v: 0 <= v < float("inf"), "a number >= 0")
+_SIZES = f"whole numbers > 0, at most {_WIDEST}"
+_FINITE = (lambda v: abs(v) <= _LARGEST, f"a finite number, at most {_LARGEST:g}")
+_POSITIVE = (lambda v: 0 < v <= _LARGEST, f"a number > 0, at most {_LARGEST:g}")
+_NOT_NEGATIVE = (lambda v: 0 <= v <= _LARGEST, f"a number >= 0, at most {_LARGEST:g}")
 _FRACTION = (lambda v: 0 <= v < 1, "in [0, 1)")
 _RULES: dict[str, tuple[Any, str]] = {
     "seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
     "data.channels": (lambda v: v in (1, 3), "1 or 3"),
     "data.image_size": (
         lambda v: len(v) in (0, 2) and _sizes(v),
-        "() or (height, width)",
+        f"() or (height, width), {_SIZES}",
     ),
-    "model.channels": (lambda v: v >= 4 and v % 2 == 0, "an even number >= 4"),
-    "model.channel_multipliers": (lambda v: v and _sizes(v), "a tuple of whole numbers > 0"),
-    "model.num_res_blocks": _whole(1),
-    "model.attention_resolutions": (_sizes, "a tuple of whole numbers > 0"),
+    "model.channels": (
+        lambda v: 4 <= v <= _WIDEST and v % 2 == 0,
+        f"an even number >= 4, at most {_WIDEST}",
+    ),
+    "model.channel_multipliers": (lambda v: v and _sizes(v), f"a tuple of {_SIZES}"),
+    "model.num_res_blocks": _whole(1, _DEEPEST),
+    "model.attention_resolutions": (_sizes, f"a tuple of {_SIZES}"),
     "model.dropout": _FRACTION,
-    "model.num_groups": _whole(1),
+    "model.num_groups": _whole(1, _WIDEST),
     "model.norm_epsilon": _POSITIVE,
-    "model.head_channels": _whole(0),
+    "model.head_channels": _whole(0, _WIDEST),
     "model.frequency_shift": (lambda v: v in (0, 1), "0 or 1"),
-    "model.num_classes": _whole(0),
-    "model.low_resolution": _whole(0),
+    "model.num_classes": _whole(0, _MOST_IN_BATCH),
+    "model.low_resolution": _whole(0, _WIDEST),
     "model.skip_scale": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "model.input_features": (_exponents, "a tuple of different whole numbers in 0..15"),
-    "model.patch_size": _whole(1),
-    "model.depth": _whole(1),
-    "diffusion.num_steps": _whole(1),
+    "model.patch_size": _whole(1, _WIDEST),
+    "model.depth": _whole(1, _DEEPEST),
+    "diffusion.num_steps": _whole(1, _MOST_NOISE_LEVELS),
     "diffusion.beta_start": (lambda v: 0 < v < 1, "in (0, 1)"),
     "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),
     "diffusion.sigma_data": _POSITIVE,
     "diffusion.log_snr_0": (lambda v: abs(v) <= 30, "in [-30, 30]"),
     "diffusion.log_snr_1": (lambda v: abs(v) <= 30, "in [-30, 30]"),
-    "diffusion.reference_resolution": _whole(0),
+    "diffusion.reference_resolution": _whole(0, _WIDEST),
     "training.steps": _whole(1),
-    "training.batch_size": _whole(1),
+    "training.batch_size": _whole(1, _MOST_IN_BATCH),
     "training.learning_rate": _POSITIVE,
     "training.warmup_steps": _whole(0),
     "training.adam_b2": _FRACTION,
     "training.weight_decay": _NOT_NEGATIVE,
     "training.grad_clip": _NOT_NEGATIVE,
     "training.min_snr_gamma": _POSITIVE,
-    "training.sigmoid_bias": (lambda v: abs(v) < float("inf"), "a finite number"),
+    "training.sigmoid_bias": _FINITE,
     "training.huber_delta": _POSITIVE,
     "training.ema_decay": _FRACTION,
     "training.label_dropout": _FRACTION,
@@ -143,7 +161,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "training.checkpoints_kept": _whole(1),
     "sampling.eta": (lambda v: 0 <= v <= 1, "in [0, 1]"),
     "sampling.steps": _whole(0),
-    "sampling.analytic_images": _whole(1),
+    "sampling.analytic_images": _whole(1, _MOST_IN_BATCH),
     "sampling.order": (lambda v: v in (1, 2, 3), "1, 2 or 3"),
     "sampling.churn": _NOT_NEGATIVE,
     "sampling.churn_range": (_range, "() or (least, most) of sigma/alpha, 0 <= least < most"),
@@ -159,7 +177,7 @@ _RULES: dict[str, tuple[Any, str]] = {
         lambda v: v and all(isinstance(n, str) for n in v),
         'a tuple of strings, such as "dpm_solver order=3 grid=karras"',
     ),
-    "comparison.steps": (lambda v: v and _sizes(v), "a tuple of whole numbers > 0"),
+    "comparison.steps": (_counts, f"a tuple of whole numbers > 0, at most {_MOST_COUNTED}"),
     "comparison.num_samples": _whole(10),
     "comparison.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
     "sampling.dynamic_threshold": (lambda v: 0 <= v <= 1, "0 or a quantile in (0, 1]"),
@@ -171,21 +189,21 @@ _RULES: dict[str, tuple[Any, str]] = {
     "sampling.ema_relative_std": (lambda v: 0 <= v <= 0.28, "0 or in (0, 0.28]"),
     "sampling.low_resolution_noise": _FRACTION,
     "sampling.num_samples": _whole(1),
-    "sampling.batch_size": _whole(1),
+    "sampling.batch_size": _whole(1, _MOST_IN_BATCH),
     "sampling.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
     "editing.t": _whole(0),
-    "editing.num_variations": _whole(1),
-    "editing.box": (_box, "() or (top, left, height, width), whole numbers"),
+    "editing.num_variations": _whole(1, _MOST_IN_BATCH),
+    "editing.box": (_box, f"() or (top, left, height, width), whole numbers, at most {_WIDEST}"),
     "editing.jump_length": _whole(1),
-    "editing.resamplings": _whole(1),
+    "editing.resamplings": _whole(1, _DEEPEST),
     "editing.fractions": (_fractions, "a tuple of numbers in [0, 1]"),
     "editing.iterations": _whole(0),
     "evaluation.parts": (
         lambda v: v and set(v) <= set(PARTS),
         f"a tuple of some of {', '.join(PARTS)}",
     ),
-    "evaluation.batch_size": _whole(1),
-    "evaluation.bound_times": _whole(0),
+    "evaluation.batch_size": _whole(1, _MOST_IN_BATCH),
+    "evaluation.bound_times": _whole(0, _MOST_NOISE_LEVELS),
     "evaluation.bound_images": _whole(0),
     "evaluation.flow_images": _whole(1),
     "evaluation.flow_tolerance": (lambda v: 1e-7 <= v < 1, "in [1e-7, 1)"),

@@ -14,9 +14,10 @@ from ddpm.diffusion.gaussian import (
     posterior_coefficients,
     q_sample,
 )
-from ddpm.diffusion.predictions import Denoiser
+from ddpm.diffusion.predictions import Denoiser, predict
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.streams import keys_per_example, normal
+from ddpm.diffusion.times import step_times
 from ddpm.diffusion.variances import ReverseVariance
 
 
@@ -32,11 +33,11 @@ def second_moments(
 
     def at(t: jax.Array) -> jax.Array:
         x_t = q_sample(schedule, x_0, t, normal(keys, t, x_0.shape[1:]))
-        eps = denoiser(x_t, jnp.broadcast_to(t, x_0.shape[:1])).eps
+        eps = predict(denoiser, x_t, t).eps
         return per_example_mean(eps**2).mean()
 
-    found = jax.lax.map(at, jnp.arange(1, schedule.num_steps + 1))
-    return jnp.concatenate([jnp.zeros(1), found])
+    found = jax.lax.map(at, jnp.arange(1, schedule.num_steps + 1, dtype=jnp.int32))
+    return jnp.concatenate([jnp.zeros(1, jnp.float32), found])
 
 
 def analytic(moments: jax.Array, *, most: float = 1.0) -> ReverseVariance:
@@ -47,10 +48,9 @@ def analytic(moments: jax.Array, *, most: float = 1.0) -> ReverseVariance:
     """
 
     def variance(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = None) -> jax.Array:
-        t = jnp.asarray(t)
-        s = t - 1 if s is None else jnp.asarray(s)
+        t, s = step_times(schedule.ends, t, s)
         level = schedule.at(t)
-        moment = jnp.interp(t, jnp.arange(len(moments)), moments)
+        moment = jnp.interp(t, jnp.arange(len(moments), dtype=jnp.float32), moments)
         of_x_0, _ = posterior_coefficients(schedule.between(s, t))
         spread = jnp.clip(jnp.exp(-level.high) * (1 - moment), 0.0, most)
         small = fixed_small(schedule, t, s=s)

@@ -7,9 +7,10 @@
 Each is a mean over dimensions, divided by ln 2: float32[B].
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ddpm.diffusion.gaussian import (
     decoder_log_likelihood,
@@ -23,15 +24,16 @@ from ddpm.diffusion.gaussian import (
 )
 from ddpm.diffusion.predictions import Prediction, to_posterior_mean
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.times import as_times, step_times
 from ddpm.diffusion.variances import ReverseVariance, reverse_log_variance
 
-BITS_PER_NAT = 1 / np.log(2)
+BITS_PER_NAT = 1 / math.log(2)  # a Python float: NumPy's would make float64 of float32
 
 
 def prior_kl(schedule: NoiseSchedule, x_0: jax.Array, *, t: int | None = None) -> jax.Array:
     """Returns L_T in bits/dim, float32[B]: KL(q(x_T | x_0) || N(0, I)). No parameters in it."""
-    level = schedule.at(jnp.asarray(schedule.num_steps if t is None else t))
-    kl = normal_kl(level.alpha * x_0, level.log_sigma_squared, jnp.zeros(()), jnp.zeros(()))
+    level = schedule.at(schedule.num_steps if t is None else t)
+    kl = normal_kl(level.alpha * x_0, level.log_sigma_squared, 0.0, 0.0)
     return per_example_mean(kl) * BITS_PER_NAT
 
 
@@ -50,13 +52,12 @@ def step_kl(
     at large t, where both are nearly x_t.
     """
     same_shape(x_0=x_0, prediction=prediction.x_0)
-    t = jnp.asarray(t)
-    s = t - 1 if s is None else s
+    t, s = step_times(schedule.ends, t, s)
     of_x_0, _ = posterior_coefficients(schedule.between(s, t))
     kl = normal_kl(
         expand_like(of_x_0, x_0) * (x_0 - prediction.x_0),
         expand_like(fixed_small(schedule, t, s=s), x_0),
-        jnp.zeros(()),
+        0.0,
         reverse_log_variance(schedule, prediction, t, s, variance),
     )
     return per_example_mean(kl) * BITS_PER_NAT
@@ -74,7 +75,7 @@ def decoder_nll(
 ) -> jax.Array:
     """Returns L_0 in bits/dim, float32[B]: -log p(x_0 | x_t) at the first time t, usually 1."""
     same_shape(x_0=x_0, x_t=x_t, prediction=prediction.x_0)
-    t = jnp.asarray(t)
+    t = as_times(schedule.ends, t, noisy=True)
     s = jnp.zeros_like(t)
     mean = to_posterior_mean(schedule, x_t, t, prediction, s=s)
     log_variance = reverse_log_variance(schedule, prediction, t, s, variance)

@@ -19,6 +19,7 @@ from ddpm.diffusion.schedules import (
     from_log_snr,
     resolution_shift,
 )
+from ddpm.diffusion.times import as_times, whole_number
 
 
 class ContinuousSchedule(NamedTuple):
@@ -32,8 +33,11 @@ class ContinuousSchedule(NamedTuple):
         return 0.0, 1.0
 
     def at(self, t: jax.typing.ArrayLike) -> LogSNR:
-        """Returns the log-SNR at times t, in the shape of t; not checked to be in [0, 1]."""
-        high = self.log_snr(jnp.asarray(t, jnp.float32))
+        """Returns the log-SNR at times t, in the shape of t.
+
+        Raises ValueError for a time outside [0, 1], but not under tracing.
+        """
+        high = self.log_snr(jnp.asarray(as_times(self.ends, t), jnp.float32))
         return LogSNR(high, jnp.zeros_like(high))
 
     def between(self, s: jax.typing.ArrayLike, t: jax.typing.ArrayLike) -> Transition:
@@ -42,7 +46,7 @@ class ContinuousSchedule(NamedTuple):
 
     def slope(self, t: jax.typing.ArrayLike) -> jax.Array:
         """Returns d log_snr / dt < 0, in the shape of t."""
-        t = jnp.asarray(t, jnp.float32)
+        t = jnp.asarray(as_times(self.ends, t), jnp.float32)
         return jax.jvp(self.log_snr, (t,), (jnp.ones_like(t),))[1]
 
     def time_of(self, log_snr: jax.typing.ArrayLike) -> jax.Array:
@@ -98,7 +102,7 @@ def cosine(log_snr_0: float = 15.0, log_snr_1: float = -15.0) -> ContinuousSched
     The cosine cut off at both ends (Hoogeboom et al. 2023). Raises ValueError unless it falls.
     """
     _falls(log_snr_0, log_snr_1)
-    a, b = np.arctan(np.exp(-0.5 * np.array([log_snr_0, log_snr_1])))
+    a, b = np.arctan(np.exp(-0.5 * np.array([log_snr_0, log_snr_1]))).tolist()
 
     def log_snr(t: Any) -> Any:
         xp = _numpy_of(t)
@@ -139,8 +143,7 @@ def table(schedule: ContinuousSchedule, num_steps: int) -> NoiseSchedule:
 
     From t = 0, where the log-SNR is finite there; else from 1/T. To t = 1 in any case.
     """
-    if num_steps < 2:
-        raise ValueError(f"num_steps = {num_steps}: must be >= 2")
+    num_steps = whole_number("num_steps", num_steps, 2)
     with np.errstate(divide="ignore"):
         whole = np.isfinite(schedule.log_snr(np.zeros(1))).all()
     return from_log_snr(schedule.log_snr(np.linspace(0 if whole else 1 / num_steps, 1, num_steps)))
@@ -186,7 +189,8 @@ def learned(parameters: MonotoneLogSNR) -> ContinuousSchedule:
 
     def log_snr(t: Any) -> Any:
         xp = jnp if traced else _numpy_of(t)
-        p = MonotoneLogSNR(*(xp.asarray(x, float) for x in parameters))
+        real = xp.float64 if xp is np else xp.float32
+        p = MonotoneLogSNR(*(xp.asarray(x, real) for x in parameters))
         height, half = (xp.logaddexp(x, 0.0) / 2 for x in (p.height, p.sharpness))
 
         def rise(t: Any) -> Any:
@@ -195,7 +199,7 @@ def learned(parameters: MonotoneLogSNR) -> ContinuousSchedule:
             units = xp.tanh(half * (t[..., None] - p.place)) + xp.tanh(half * p.place)
             return t + (height * units).sum(axis=-1)
 
-        part = rise(xp.asarray(t, float)) / rise(xp.ones(()))
+        part = rise(xp.asarray(t, real)) / rise(xp.ones((), real))
         return p.log_snr_0 * (1 - part) + p.log_snr_1 * part
 
     return ContinuousSchedule(log_snr)

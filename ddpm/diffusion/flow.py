@@ -27,9 +27,10 @@ from ddpm.diffusion import streams
 from ddpm.diffusion.bound_terms import BITS_PER_NAT, decoder_nll
 from ddpm.diffusion.gaussian import fixed_large, per_example_mean, q_sample
 from ddpm.diffusion.pixels import HALF_BIN, check_scaled
-from ddpm.diffusion.predictions import Denoiser
+from ddpm.diffusion.predictions import Denoiser, predict
 from ddpm.diffusion.schedules import NoiseSchedule, require_signal
 from ddpm.diffusion.streams import keys_per_example, normal
+from ddpm.diffusion.times import as_times
 from ddpm.diffusion.variances import ReverseVariance
 
 MAX_STEPS = 10_000
@@ -37,7 +38,7 @@ NO_END = "so that its probability flow has no end in log-SNR"
 
 
 class Flow(NamedTuple):
-    """log p(x_1) in nats per dimension [B], x_T, and how often the denoiser was called for a batch.
+    """log p(x_1) in nats [B], x_T, and how often the denoiser was called for a batch.
 
     All NaN where the solver did not reach its tolerance.
     """
@@ -82,16 +83,16 @@ def transport(
 
     def velocity(u: Any, x: jax.Array, _: Any) -> jax.Array:
         sigma = jnp.sqrt(jax.nn.sigmoid(2 * u))
-        eps = denoiser(x, jnp.broadcast_to(schedule.time_of(-2 * u), x.shape[:1])).eps
+        eps = predict(denoiser, x, schedule.time_of(-2 * u)).eps
         return sigma * (eps - sigma * x)
 
     def worst(error: jax.Array) -> jax.Array:
         return jnp.sqrt(per_example_mean(error**2)).max()
 
-    first, last = (-schedule.at(jnp.asarray(time, float)).high / 2 for time in (t, s))
-    end, calls = _solve(
-        velocity, first, last, jnp.asarray(check_scaled(x_t, "x_t"), jnp.float32), tolerance, worst
-    )
+    times = as_times(schedule.ends, t, noisy=True), as_times(schedule.ends, s, name="s", noisy=True)
+    first, last = (-schedule.at(time).high / 2 for time in times)
+    start = jnp.asarray(check_scaled(x_t, "x_t"), jnp.float32)
+    end, calls = _solve(velocity, first, last, start, tolerance, worst)
     return Transported(end, calls)
 
 
@@ -103,7 +104,7 @@ def log_density(
     *,
     tolerance: float = 1e-5,
 ) -> Flow:
-    """Returns log p(x_1) under the model's probability flow, x_1 at the noise level t = 1.
+    """Returns log p(x_1) in nats under the model's probability flow, x_1 at the noise level t = 1.
 
     Args:
       denoiser: called at fractional t too; differentiated once.
@@ -133,7 +134,7 @@ def log_density(
         t = jnp.broadcast_to(schedule.time_of(-2 * u), shape[:1])
 
         def eps(x: jax.Array) -> jax.Array:
-            return denoiser(x, t).eps
+            return predict(denoiser, x, t).eps
 
         value, trace = _with_trace(eps, y[0], probe)
         return sigma * (value - sigma * y[0]), sigma * (trace - sigma)
@@ -145,10 +146,10 @@ def log_density(
         return jnp.maximum(of_x, jnp.abs(error[1])).max()
 
     first, last = -schedule.log_snr[1] / 2, -schedule.log_snr[-1] / 2
-    start = x_1, jnp.zeros(shape[:1])
+    start = x_1, jnp.zeros(shape[:1], jnp.float32)
     (x_last, divergence), calls = _solve(velocity, first, last, start, tolerance, worst)
     prior = -0.5 * per_example_mean(x_last**2) - 0.5 * jnp.log(2 * jnp.pi)
-    return Flow(prior + divergence, x_last, calls)
+    return Flow(x_1[0].size * (prior + divergence), x_last, calls)
 
 
 def _solve(
@@ -178,7 +179,7 @@ def _solve(
     reached = diffrax.is_successful(solution.result)
     end = jax.tree.map(lambda x: jnp.where(reached, x[-1], jnp.nan), solution.ys)
     # Six stages a step, of which the first is the last one's sixth.
-    return end, 6 * solution.stats["num_steps"] + 1
+    return end, 6 * solution.stats["num_steps"].astype(jnp.int32) + 1
 
 
 def _with_trace(
@@ -192,7 +193,7 @@ def _with_trace(
     dimensions = x[0].size
 
     def diagonal(i: jax.Array) -> jax.Array:
-        basis = jnp.zeros(dimensions).at[i].set(1.0).reshape(x.shape[1:])
+        basis = jnp.zeros(dimensions, x.dtype).at[i].set(1.0).reshape(x.shape[1:])
         column = push(jnp.broadcast_to(basis, x.shape))
         return column.reshape(x.shape[0], -1)[:, i]
 
@@ -208,8 +209,8 @@ def dequantised_bits_per_dim(
     exact_trace: bool = False,
     tolerance: float = 1e-5,
 ) -> FlowBits:
-    """Returns -log2 p(x_0 + u) - log2(2/255), u uniform over the bin of an 8-bit value: [-1,
-    1]/255.
+    """Returns bits/dim: -log2 p(x_0 + u) per dimension - log2(2/255), u uniform over an 8-bit
+    value's bin, [-1, 1]/255.
 
     Args:
       x_0: 8-bit data as k/127.5 - 1, [B, ...].
@@ -220,6 +221,7 @@ def dequantised_bits_per_dim(
         lambda key: jax.random.uniform(
             jax.random.fold_in(key, streams.FLOW_NOISE),
             x_0.shape[1:],
+            jnp.float32,
             minval=-HALF_BIN,
             maxval=HALF_BIN,
         )
@@ -232,7 +234,7 @@ def dequantised_bits_per_dim(
         None if exact_trace else keys,
         tolerance=tolerance,
     )
-    nats = -(flow.log_density + log_alpha) - jnp.log(2 * HALF_BIN)
+    nats = -flow.log_density / x_0[0].size - log_alpha - jnp.log(2 * HALF_BIN)
     return FlowBits(nats * BITS_PER_NAT, flow.evaluations)
 
 
@@ -246,18 +248,19 @@ def decoded_bits_per_dim(
     tolerance: float = 1e-5,
     variance: ReverseVariance = fixed_large,
 ) -> FlowBits:
-    """Returns -log p(x_1) + log q(x_1 | x_0) + L_0 with x_1 ~ q(x_1 | x_0): the gap at t = 1 is
-    coded too.
+    """Returns bits/dim: -log p(x_1) + log q(x_1 | x_0) + L_0 with x_1 ~ q(x_1 | x_0), which codes
+    the gap at t = 1 too.
 
     Arguments as in `dequantised_bits_per_dim`; `variance` as in `decoder_nll`.
     """
     keys = keys_per_example(key, len(x_0))
     eps = normal(keys, streams.FLOW_NOISE, x_0.shape[1:])
-    t = jnp.ones((), int)
+    t = jnp.ones((), jnp.int32)
     x_1 = q_sample(schedule, x_0, t, eps)
     flow = log_density(schedule, denoiser, x_1, None if exact_trace else keys, tolerance=tolerance)
     entropy = 0.5 * (per_example_mean(eps**2) + jnp.log(2 * jnp.pi))
     entropy += 0.5 * schedule.at(t).log_sigma_squared
-    prediction = denoiser(x_1, jnp.broadcast_to(t, x_0.shape[:1]))
+    prediction = predict(denoiser, x_1, t)
     decoder = decoder_nll(schedule, x_0, x_1, t, prediction, variance=variance)
-    return FlowBits((-flow.log_density - entropy) * BITS_PER_NAT + decoder, flow.evaluations)
+    nats = -flow.log_density / x_0[0].size - entropy
+    return FlowBits(nats * BITS_PER_NAT + decoder, flow.evaluations)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ddpm.diffusion.pixels import HALF_BIN, check_scaled
 from ddpm.diffusion.schedules import NoiseSchedule, Schedule, Transition
+from ddpm.diffusion.times import step_times
 
 
 class Gaussian(NamedTuple):
@@ -72,8 +73,8 @@ def q_step(
     s is t - 1 if left out; from s = 0 it is `q_sample`. NaN for s > t.
     """
     same_shape(x_s=x_s, eps=eps)
-    t = jnp.asarray(t)
-    step = schedule.between(t - 1 if s is None else jnp.asarray(s), t)
+    t, s = step_times(schedule.ends, t, s)
+    step = schedule.between(s, t)
     return expand_like(step.alpha, x_s) * x_s + expand_like(jnp.sqrt(step.beta), x_s) * eps
 
 
@@ -99,8 +100,7 @@ def q_posterior(
     At s = 0 the variance is 0 and the log-variance that of `fixed_small`, which is finite.
     """
     same_shape(x_0=x_0, x_t=x_t)
-    t = jnp.asarray(t)
-    s = t - 1 if s is None else jnp.asarray(s)
+    t, s = step_times(schedule.ends, t, s)
     step = schedule.between(s, t)
     of_x_0, of_x_t = posterior_coefficients(step)
     return Gaussian(
@@ -118,8 +118,7 @@ def fixed_small(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = 
     of the step before in a chain of equal strides, from 2t to t (the authors clip so: at t = 1 it
     is log beta-tilde_2). A chain of a single step has none before: there it is log sigma_t^2.
     """
-    t = jnp.asarray(t)
-    s = t - 1 if s is None else jnp.asarray(s)
+    t, s = step_times(schedule.ends, t, s)
     first = s == 0
     last = schedule.num_steps
     step = schedule.between(jnp.where(first, t, s), jnp.where(first, jnp.minimum(2 * t, last), t))
@@ -132,19 +131,23 @@ def fixed_large(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = 
 
     In the shape of t. At s = 0 it is that of `fixed_small`, as in the authors' code.
     """
-    t = jnp.asarray(t)
-    s = t - 1 if s is None else jnp.asarray(s)
+    t, s = step_times(schedule.ends, t, s)
     large = schedule.between(s, t).log_beta
     return jnp.where(s == 0, fixed_small(schedule, t, s=s), large)
 
 
 def normal_kl(
-    mean_1: jax.Array, log_variance_1: jax.Array, mean_2: jax.Array, log_variance_2: jax.Array
+    mean_1: jax.typing.ArrayLike,
+    log_variance_1: jax.typing.ArrayLike,
+    mean_2: jax.typing.ArrayLike,
+    log_variance_2: jax.typing.ArrayLike,
 ) -> jax.Array:
     """Returns KL(N(mean_1, e^log_variance_1) || N(mean_2, e^log_variance_2)) in nats, elementwise
     >= 0."""
-    d = jnp.asarray(log_variance_1 - log_variance_2)
-    return 0.5 * (_expm1_minus(d) + (mean_1 - mean_2) ** 2 * jnp.exp(-log_variance_2))
+    d = jnp.subtract(log_variance_1, log_variance_2)
+    return 0.5 * (
+        _expm1_minus(d) + jnp.subtract(mean_1, mean_2) ** 2 * jnp.exp(jnp.negative(log_variance_2))
+    )
 
 
 def _expm1_minus(d: jax.Array) -> jax.Array:

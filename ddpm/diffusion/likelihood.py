@@ -19,7 +19,7 @@ from ddpm.diffusion import streams
 from ddpm.diffusion.bound_terms import decoder_nll, prior_kl, step_kl
 from ddpm.diffusion.gaussian import fixed_large
 from ddpm.diffusion.pixels import check_scaled
-from ddpm.diffusion.predictions import Denoiser
+from ddpm.diffusion.predictions import Denoiser, predict
 from ddpm.diffusion.process import GaussianDiffusion, Process
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.streams import keys_per_example
@@ -125,6 +125,7 @@ def bound(
         term = process.step_term(x_0, x_t, t, s, prediction)
         return term, process.distortion(x_0, prediction)
 
+    times = times.astype(np.int32)
     first = jnp.asarray(times[0])
     x_t, prediction = _noised(process, denoiser, x_0, keys, first)
     steps, errors = jax.lax.map(step, (jnp.asarray(times[1:]), jnp.asarray(times[:-1])))
@@ -160,10 +161,11 @@ def sampled_bits_per_dim(
     x_0, keys = jnp.float32(check_scaled(x_0)), keys_per_example(key, len(x_0))
     probability = 1 / np.arange(2, last + 1)
     probability /= probability.sum()
-    offset = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, streams.OFFSET)))(keys)
-    place = (offset[:, None] + jnp.arange(num_times)) / num_times
+    of_offsets = jax.vmap(jax.random.fold_in, (0, None))(keys, streams.OFFSET)
+    offset = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(of_offsets)
+    place = (offset[:, None] + jnp.arange(num_times, dtype=jnp.float32)) / num_times
     edges = jnp.asarray(probability.cumsum()[:-1], jnp.float32)
-    t = 2 + jnp.searchsorted(edges, place, side="right")
+    t = 2 + jnp.searchsorted(edges, place, side="right").astype(jnp.int32)
     weight = 1 / (num_times * jnp.asarray(probability, jnp.float32)[t - 2])
 
     def step(t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -171,7 +173,7 @@ def sampled_bits_per_dim(
         term = process.step_term(x_0, x_t, t, t - 1, prediction)
         return term, process.distortion(x_0, prediction)
 
-    first = jnp.ones((), int)
+    first = jnp.ones((), jnp.int32)
     x_1, prediction = _noised(process, denoiser, x_0, keys, first)
     steps, errors = jax.lax.map(step, t.T)
     nearest = process.distortion(x_0, prediction)
@@ -190,4 +192,4 @@ def _noised(
 ) -> tuple[jax.Array, Any]:
     """Draws x_t ~ q(x_t | x_0) for t a scalar or [B], and returns it with its prediction."""
     x_t = process.forward(x_0, t, process.noise(keys, t, x_0.shape[1:]))
-    return x_t, denoiser(x_t, jnp.broadcast_to(t, x_0.shape[:1]))
+    return x_t, predict(denoiser, x_t, t)

@@ -25,8 +25,9 @@ from ddpm.diffusion.gaussian import (
     same_shape,
 )
 from ddpm.diffusion.loss_weights import Weight, on_v
-from ddpm.diffusion.predictions import Denoiser, Prediction, to_score, to_v
+from ddpm.diffusion.predictions import Denoiser, Prediction, predict, to_score, to_v
 from ddpm.diffusion.schedules import NoiseSchedule, Schedule
+from ddpm.diffusion.times import as_times
 from ddpm.diffusion.variances import ReverseVariance
 
 # Of the difference of two predictions at one x_t, the truth and the network's: [B, ...]. All are
@@ -215,7 +216,7 @@ def ends_of_bound(schedule: Schedule, x_0: jax.Array, eps: jax.Array) -> jax.Arr
     first, last = (jnp.full(len(x_0), t, jnp.float32) for t in schedule.ends)
     level = schedule.at(last)
     alpha, log_variance = expand_like(level.alpha, x_0), expand_like(level.log_sigma_squared, x_0)
-    prior = normal_kl(alpha * x_0, log_variance, jnp.zeros(()), jnp.zeros(()))
+    prior = normal_kl(alpha * x_0, log_variance, 0.0, 0.0)
     # x_t/alpha_t = x_0 + sigma_t/alpha_t eps
     log_snr = expand_like(schedule.at(first).high, x_0)
     decoded = decoder_log_likelihood(x_0, x_0 + jnp.exp(-0.5 * log_snr) * eps, -log_snr)
@@ -236,9 +237,10 @@ def _predict(
     schedule: Schedule, denoiser: Denoiser, x_0: jax.Array, t: jax.Array, eps: jax.Array
 ) -> tuple[jax.Array, jax.Array, Prediction]:
     """Returns x_t, t as [B], and the denoiser's prediction at them."""
+    t = as_times(schedule.ends, t, noisy=True)
     x_t = q_sample(schedule, x_0, t, eps)
     t = jnp.broadcast_to(t, x_0.shape[:1])
-    return x_t, t, denoiser(x_t, t)
+    return x_t, t, predict(denoiser, x_t, t)
 
 
 def _error(x_0: jax.Array, eps: jax.Array, prediction: Prediction) -> Prediction:

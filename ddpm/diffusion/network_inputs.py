@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm.diffusion.gaussian import expand_like
-from ddpm.diffusion.predictions import Denoiser, Prediction
+from ddpm.diffusion.predictions import Denoiser, Prediction, predict
 
 # (an estimate of x_0, [B, ...], or None where the network takes none) -> Denoiser
 DenoiserFromEstimate = Callable[[Any], Denoiser]
@@ -58,7 +58,7 @@ def self_conditioned_by(from_estimate: DenoiserFromEstimate, coins: jax.Array) -
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
         none = jnp.zeros_like(x_t)
-        estimate = jax.lax.stop_gradient(from_estimate(none)(x_t, t).x_0)
+        estimate = jax.lax.stop_gradient(predict(from_estimate(none), x_t, t).x_0)
         return from_estimate(jnp.where(expand_like(coins, x_t), estimate, none))(x_t, t)
 
     return denoise
@@ -77,7 +77,7 @@ class SelfConditioned:
 
     def __call__(self, x_t: jax.Array, t: jax.Array) -> Prediction:
         """Returns the prediction at x_t, as any denoiser does."""
-        estimate = self.from_estimate(jnp.zeros_like(x_t))(x_t, t).x_0
+        estimate = predict(self.from_estimate(jnp.zeros_like(x_t)), x_t, t).x_0
         return self.from_estimate(estimate)(x_t, t)
 
 

@@ -24,9 +24,11 @@ def to_uint8(images: Any) -> Any:
 
 
 def check_scaled(x: Any, name: str = "x_0") -> jax.Array:
-    """Returns x as it is, of a floating type. Raises ValueError for integers, which are not scaled
-    yet; `name` is what the argument is called."""
+    """Returns x in float32, or float64 if it comes in that (with jax_enable_x64).
+
+    Raises ValueError for integers, which are not scaled yet; `name` is what the argument is called.
+    """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} is of {x.dtype}: must be scaled to [-1, 1], k/127.5 - 1")
-    return x
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ddpm.diffusion.gaussian import expand_like, posterior_coefficients, same_shape
 from ddpm.diffusion.schedules import Schedule, require_signal
+from ddpm.diffusion.times import as_times, step_times
 
 NOT_TOLD = "where eps and the score do not tell x_0: let the network predict x_0 or v"
 
@@ -35,6 +36,27 @@ class Prediction(NamedTuple):
 Denoiser = Callable[[jax.Array, jax.Array], Prediction]
 Network = Callable[[jax.Array, jax.Array], jax.Array]
 LearnedVariance = Callable[[Prediction, jax.Array], Prediction]
+
+
+def predict(denoise: Denoiser, x_t: jax.Array, t: jax.Array) -> Prediction:
+    """Returns the denoiser's prediction at x_t [B, ...] and t, [B] or one for the whole batch.
+
+    Raises TypeError for what is no prediction, ValueError for one not in the shape of x_t. It
+    comes in the type of x_t, so that no denoiser changes the type of a chain.
+    """
+    found = denoise(x_t, jnp.broadcast_to(t, x_t.shape[:1]))
+    if not hasattr(found, "x_0"):
+        raise TypeError(
+            f"the denoiser returns {type(found).__name__}, not a Prediction: make it of a network "
+            "by ddpm.denoiser(schedule, network), or return ddpm.Prediction(x_0, eps)"
+        )
+    same_shape(x_t=x_t, predicted_x_0=found.x_0)
+    return jax.tree.map(lambda x: _in_type_of(x_t, x), found)
+
+
+def _in_type_of(x_t: jax.Array, x: jax.Array) -> jax.Array:
+    floats = all(jnp.issubdtype(jnp.result_type(a), jnp.floating) for a in (x_t, x))
+    return jnp.asarray(x, jnp.result_type(x_t)) if floats else x
 
 
 class Parameterization:
@@ -122,7 +144,7 @@ def preconditioned(schedule: Schedule, network: Network, *, sigma_data: float = 
     require_signal(schedule, "where EDM's sigma is infinite")
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
-        level = schedule.at(t)
+        level = schedule.at(as_times(schedule.ends, t, noisy=True))
         sigma, x = jnp.exp(-0.5 * level.high), x_t / expand_like(level.alpha, x_t)
         total = sigma**2 + sigma_data**2
         c_skip, c_out, c_in = sigma_data**2 / total, sigma * sigma_data / total**0.5, total**-0.5
@@ -144,7 +166,7 @@ def clipped(
     """
 
     def clip(x_t: jax.Array, t: jax.Array) -> Prediction:
-        prediction = denoise(x_t, t)
+        prediction = predict(denoise, x_t, t)
         x_0, eps, *_ = from_x_0(schedule, x_t, t, jnp.clip(prediction.x_0, low, high))
         return prediction._replace(x_0=x_0, eps=eps)
 
@@ -161,7 +183,7 @@ def thresholded(schedule: Schedule, denoise: Denoiser, percentile: float = 0.995
         raise ValueError(f"percentile = {percentile}: must be in (0, 1], 0.995 say")
 
     def threshold(x_t: jax.Array, t: jax.Array) -> Prediction:
-        prediction = denoise(x_t, t)
+        prediction = predict(denoise, x_t, t)
         sizes = jnp.abs(prediction.x_0).reshape(x_t.shape[0], -1)
         s = expand_like(jnp.maximum(jnp.quantile(sizes, percentile, axis=1), 1.0), x_t)
         x_0, eps, *_ = from_x_0(schedule, x_t, t, jnp.clip(prediction.x_0, -s, s) / s)
@@ -184,9 +206,9 @@ def from_eps(schedule: Schedule, x_t: jax.Array, t: jax.Array, eps: jax.Array) -
 
 @parameterization()
 def from_x_0(schedule: Schedule, x_t: jax.Array, t: jax.Array, x_0: jax.Array) -> Prediction:
-    """Returns the prediction with eps = (x_t - alpha_t x_0) / sigma_t."""
+    """Returns the prediction with eps = (x_t - alpha_t x_0) / sigma_t; not defined at t = 0."""
     same_shape(x_t=x_t, x_0=x_0)
-    level = schedule.at(t)
+    level = schedule.at(as_times(schedule.ends, t, noisy=True))
     return Prediction(
         x_0, (x_t - expand_like(level.alpha, x_t) * x_0) / expand_like(level.sigma, x_t)
     )
@@ -222,8 +244,8 @@ def from_posterior_mean(
     """Returns the prediction for the mean of q(x_s | x_t, x_0), mu-tilde of Eq. 7, solved for x_0;
     s is t - 1 if left out."""
     same_shape(x_t=x_t, mean=mean)
-    t = jnp.asarray(t)
-    of_x_0, of_x_t = posterior_coefficients(schedule.between(t - 1 if s is None else s, t))
+    t, s = step_times(schedule.ends, t, s)
+    of_x_0, of_x_t = posterior_coefficients(schedule.between(s, t))
     return from_x_0(
         schedule, x_t, t, (mean - expand_like(of_x_t, x_t) * x_t) / expand_like(of_x_0, x_t)
     )
@@ -237,7 +259,8 @@ def to_v(schedule: Schedule, t: jax.Array, prediction: Prediction) -> jax.Array:
 
 
 def to_score(schedule: Schedule, t: jax.Array, prediction: Prediction) -> jax.Array:
-    """Returns grad log q(x_t) = -eps / sigma_t."""
+    """Returns grad log q(x_t) = -eps / sigma_t; not defined at t = 0."""
+    t = as_times(schedule.ends, t, noisy=True)
     return -prediction.eps / expand_like(schedule.at(t).sigma, prediction.eps)
 
 
@@ -252,6 +275,6 @@ def to_posterior_mean(
     """Returns the mean of q(x_s | x_t, x_0) at the predicted x_0 (Eqs. 7, 11); s is t - 1 if left
     out."""
     same_shape(x_t=x_t, x_0=prediction.x_0)
-    t = jnp.asarray(t)
-    of_x_0, of_x_t = posterior_coefficients(schedule.between(t - 1 if s is None else s, t))
+    t, s = step_times(schedule.ends, t, s)
+    of_x_0, of_x_t = posterior_coefficients(schedule.between(s, t))
     return expand_like(of_x_0, x_t) * prediction.x_0 + expand_like(of_x_t, x_t) * x_t

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ddpm.diffusion.bound_terms import decoder_nll, prior_kl, step_kl
 from ddpm.diffusion.gaussian import fixed_large, per_example_mean, q_sample
-from ddpm.diffusion.predictions import Denoiser, Prediction, to_posterior_mean
+from ddpm.diffusion.predictions import Denoiser, Prediction, predict, to_posterior_mean
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.streams import normal
 from ddpm.diffusion.variances import ReverseVariance, reverse_log_variance
@@ -106,11 +106,6 @@ def no_memory(x: jax.Array) -> tuple[()]:
     """Returns the memory of a step that remembers nothing."""
     del x
     return ()
-
-
-def predict(denoiser: Denoiser, x_t: jax.Array, t: jax.Array) -> Prediction:
-    """Returns the prediction at one time for the whole batch."""
-    return denoiser(x_t, jnp.broadcast_to(t, x_t.shape[:1]))
 
 
 def ancestral_draw(

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm.diffusion.times import as_times, whole_number
+
 
 class LogSNR(NamedTuple):
     """A log-SNR as the unevaluated sum of two float32, high + low (low < half an ulp of high)."""
@@ -68,7 +70,7 @@ class NoiseSchedule(NamedTuple):
     @property
     def beta(self) -> jax.Array:
         """Variance of the noise added by step t, float32[T + 1]; 0 at t = 0."""
-        t = jnp.arange(1, self.num_steps + 1)
+        t = jnp.arange(1, self.num_steps + 1, dtype=jnp.int32)
         later = self.between(t - 1, t).beta
         return jnp.concatenate([jnp.zeros(1, later.dtype), later])
 
@@ -85,21 +87,22 @@ class NoiseSchedule(NamedTuple):
         return 1.0, float(self.num_steps)
 
     def at(self, t: jax.typing.ArrayLike) -> LogSNR:
-        """Returns the log-SNR at times t in 0..T, in the shape of t; NaN outside.
+        """Returns the log-SNR at times t in 0..T, in the shape of t.
 
         Integers are looked up. At floats, which an ODE's solver asks for, the log-SNR is linear
-        between two times; NaN between 0, where it is infinite, and 1.
+        between two times. Raises ValueError for a time outside, or between 0, where the log-SNR is
+        infinite, and 1; under tracing, where nobody knows, it is NaN there.
         """
 
         def look_up(table: jax.Array, t: jax.Array) -> jax.Array:
             # JAX's defaults, to clamp and to wrap, would hide a time off by one.
             return table.at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
-        t = jnp.asarray(t)
+        t = as_times(self.ends, t)
         if jnp.issubdtype(t.dtype, jnp.integer):
             return LogSNR(look_up(self.log_snr, t), look_up(self.log_snr_low, t))
-        before = jnp.floor(t).astype(int)
-        part, after = t - before, jnp.ceil(t).astype(int)
+        before = jnp.floor(t).astype(jnp.int32)
+        part, after = t - before, jnp.ceil(t).astype(jnp.int32)
 
         def between(table: jax.Array) -> jax.Array:
             low, high = look_up(table, before), look_up(table, after)
@@ -110,9 +113,8 @@ class NoiseSchedule(NamedTuple):
     def time_of(self, log_snr: jax.typing.ArrayLike) -> jax.Array:
         """Returns the fractional time in [1, T] of a log-SNR: `at` inverted. Beyond, the nearer
         end."""
-        return jnp.interp(
-            -jnp.asarray(log_snr), -self.log_snr[1:], jnp.arange(1.0, self.num_steps + 1)
-        )
+        t = jnp.arange(1, self.num_steps + 1, dtype=jnp.float32)
+        return jnp.interp(-jnp.asarray(log_snr, jnp.float32), -self.log_snr[1:], t)
 
     def between(self, s: jax.Array, t: jax.Array) -> "Transition":
         """Returns the forward transition q(x_t | x_s) for times s < t."""
@@ -121,7 +123,8 @@ class NoiseSchedule(NamedTuple):
     def slope(self, t: jax.typing.ArrayLike) -> jax.Array:
         """Returns d log_snr / dt < 0 at times in [1, T]: that of the step the time is in (at whole
         times, of the step up to it; at 1 of the one after)."""
-        after = jnp.maximum(jnp.ceil(jnp.asarray(t)).astype(int), 2)
+        t = as_times(self.ends, t, noisy=True)
+        after = jnp.maximum(jnp.ceil(t).astype(jnp.int32), 2)
         return -self.between(after - 1, after).log_snr_drop
 
 
@@ -270,19 +273,20 @@ def linear(
 ) -> NoiseSchedule:
     """Returns the paper's schedule, whose beta_t rises linearly from beta_start to beta_end
     (Section 4)."""
-    return from_betas(np.linspace(beta_start, beta_end, num_steps))
+    return from_betas(np.linspace(beta_start, beta_end, whole_number("num_steps", num_steps)))
 
 
 def quadratic(
     num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> NoiseSchedule:
     """Returns the schedule whose sqrt(beta_t) rises linearly ('quad' in the authors' code)."""
+    num_steps = whole_number("num_steps", num_steps)
     return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2)
 
 
 def constant(num_steps: int = 1000, beta: float = 0.02) -> NoiseSchedule:
     """Returns the schedule with beta_t = beta at every step ('const' in the authors' code)."""
-    return from_betas(np.full(num_steps, beta))
+    return from_betas(np.full(whole_number("num_steps", num_steps), beta))
 
 
 def jsd(num_steps: int = 1000) -> NoiseSchedule:
@@ -291,7 +295,7 @@ def jsd(num_steps: int = 1000) -> NoiseSchedule:
 
     No signal is left at t = T: log_snr[T] = -inf, and eps alone cannot tell x_0 there.
     """
-    return from_betas(1 / np.arange(num_steps, 0, -1))
+    return from_betas(1 / np.arange(whole_number("num_steps", num_steps), 0, -1))
 
 
 def warmup(
@@ -303,6 +307,7 @@ def warmup(
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction = {fraction}: must be in [0, 1]")
+    num_steps = whole_number("num_steps", num_steps)
     betas = np.full(num_steps, beta_end)
     rising = int(num_steps * fraction)
     betas[:rising] = np.linspace(beta_start, beta_end, rising)
@@ -326,6 +331,7 @@ def warmup50(
 def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
     """Returns the schedule with alpha_bar_t ~ cos^2((t/T + offset)/(1 + offset) pi/2) (Nichol &
     Dhariwal 2021, Eq. 17)."""
+    num_steps = whole_number("num_steps", num_steps)
     u = np.arange(num_steps + 1) / num_steps
     angle = (u + offset) / (1 + offset) * np.pi / 2
     # 1 - cos^2(b)/cos^2(a) = sin(b - a) sin(b + a)/cos^2(a): no digits lost to the subtraction.
@@ -349,6 +355,7 @@ def sigmoid(
     def falling(u: np.ndarray | float) -> np.ndarray:
         return 1 / (1 + np.exp((u * (end - start) + start) / temperature))
 
+    num_steps = whole_number("num_steps", num_steps)
     u = np.arange(num_steps + 1) / num_steps
     alpha_bar = (falling(u) - falling(1.0)) / (falling(0.0) - falling(1.0))
     return from_betas(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta))

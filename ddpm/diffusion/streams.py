@@ -12,7 +12,7 @@ however many devices, it is drawn. Keys of examples come first, then the numbers
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,24 +41,37 @@ class StepKey(NamedTuple):
     step: jax.Array
 
 
+def check_key(key: Any) -> jax.Array:
+    """Returns the key, or keys, as they are: typed, or those of jax.random.PRNGKey.
+
+    Raises TypeError for anything else, such as the seed itself.
+    """
+    kind = getattr(key, "dtype", None)
+    if kind is None or not (kind == np.uint32 or jnp.issubdtype(kind, jax.dtypes.prng_key)):
+        shown = f"an array of {kind}" if np.ndim(key) else f"{key!r}"
+        raise TypeError(f"key is {shown}: pass a key, jax.random.key(seed)")
+    return key
+
+
 def draw(key: jax.Array | StepKey, stream: int) -> jax.Array:
     """Returns the key of one stream, of a training step or of any other key."""
     if isinstance(key, StepKey):
         return jax.random.fold_in(jax.random.fold_in(key.root, stream), key.step)
-    return jax.random.fold_in(key, stream)
+    return jax.random.fold_in(check_key(key), stream)
 
 
 def sample_keys(key: jax.Array, indices: jax.typing.ArrayLike) -> jax.Array:
     """Returns the key of each example by its number, fold_in(key, index): [n]."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices))
+    return jax.vmap(jax.random.fold_in, (None, 0))(check_key(key), jnp.asarray(indices))
 
 
 def keys_per_example(key: jax.Array, n: int) -> jax.Array:
     """Returns n keys: one key split by the examples' numbers, or n keys as they are.
 
-    Takes typed keys, or those of jax.random.PRNGKey. Raises ValueError for any other number.
+    Takes typed keys, or those of jax.random.PRNGKey. Raises TypeError for what is no key,
+    ValueError for any other number of them.
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if not jnp.issubdtype(check_key(key).dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     keys = sample_keys(key, np.arange(n)) if jnp.ndim(key) == 0 else key
     if keys.shape != (n,):

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from ddpm.diffusion.schedules import NoiseSchedule, Schedule
+from ddpm.diffusion.streams import check_key
+from ddpm.diffusion.times import as_times, whole_number
 
 
 def uniform(schedule: NoiseSchedule, key: jax.Array, batch_size: int) -> jax.Array:
     """Draws t uniform over 1..T (Algorithm 1), int32[batch_size]."""
-    return jax.random.randint(key, (batch_size,), 1, schedule.num_steps + 1)
+    return jax.random.randint(check_key(key), (batch_size,), 1, schedule.num_steps + 1, jnp.int32)
 
 
 def whole(schedule: NoiseSchedule, u: jax.Array) -> jax.Array:
@@ -34,14 +36,17 @@ def within(schedule: Schedule, u: jax.Array) -> jax.Array:
 
 def low_discrepancy(key: jax.Array, batch_size: int) -> jax.Array:
     """Draws u_i = (u + i/B) mod 1 with one u for all, an even batch (Kingma et al. 2021)."""
-    return (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
+    u = jax.random.uniform(check_key(key), (), jnp.float32)
+    return (u + jnp.arange(batch_size, dtype=jnp.float32) / batch_size) % 1.0
 
 
 def logit_normal(
     key: jax.Array, batch_size: int, *, mean: float = 0.0, std: float = 1.0
 ) -> jax.Array:
     """Draws u with log(u/(1 - u)) ~ N(mean, std^2): most in the middle (Esser et al. 2024)."""
-    return jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch_size,)))
+    return jax.nn.sigmoid(
+        mean + std * jax.random.normal(check_key(key), (batch_size,), jnp.float32)
+    )
 
 
 def log_normal(
@@ -56,7 +61,7 @@ def log_normal(
 
     What lies beyond the schedule's ends goes to the nearer one.
     """
-    log_sigma = mean + std * jax.random.normal(key, (batch_size,))
+    log_sigma = mean + std * jax.random.normal(check_key(key), (batch_size,), jnp.float32)
     return schedule.time_of(-2 * log_sigma)
 
 
@@ -69,7 +74,8 @@ class LossHistory(NamedTuple):
     @classmethod
     def empty(cls, num_steps: int, length: int = 10) -> "LossHistory":
         """Returns a history of no losses yet; 10 of each t is IDDPM's number."""
-        return cls(jnp.zeros((num_steps, length)), jnp.zeros(num_steps, jnp.int32))
+        shape = whole_number("num_steps", num_steps), whole_number("length", length)
+        return cls(jnp.zeros(shape, jnp.float32), jnp.zeros(shape[0], jnp.int32))
 
 
 def importance(history: LossHistory, *, uniform_part: float = 1e-3) -> jax.Array:
@@ -92,7 +98,7 @@ def draw_important(
     """Draws t ~ p_t of `importance`, int32[B]; and returns 1/(T p_t), which keeps the loss
     unbiased."""
     p = importance(history)
-    t = 1 + jax.random.choice(key, len(p), (batch_size,), p=p)
+    t = 1 + jax.random.choice(check_key(key), len(p), (batch_size,), p=p)
     return t.astype(jnp.int32), 1 / (len(p) * p[t - 1])
 
 
@@ -103,6 +109,7 @@ def record(history: LossHistory, t: jax.Array, losses: jax.Array) -> LossHistory
     The later ones of a batch count as later. Pure, and the same on however many devices.
     """
     length = history.losses.shape[1]
+    t = as_times((1, len(history.seen)), t, noisy=True)
     good = jnp.isfinite(losses)
     same = (t[:, None] == t) & good[:, None] & good
     batch = jnp.arange(len(t))

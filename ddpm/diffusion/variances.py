@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from ddpm.diffusion.gaussian import expand_like, fixed_small, same_shape
 from ddpm.diffusion.predictions import Prediction
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.diffusion.times import step_times
 
 
 class ReverseVariance(Protocol):
@@ -40,8 +41,7 @@ def wide_decoder(variance: ReverseVariance) -> ReverseVariance:
     """
 
     def wide(schedule: NoiseSchedule, t: jax.Array, *, s: jax.Array | None = None) -> jax.Array:
-        t = jnp.asarray(t)
-        s = t - 1 if s is None else jnp.asarray(s)
+        t, s = step_times(schedule.ends, t, s)
         return jnp.where(s == 0, -schedule.at(t).high, variance(schedule, t, s=s))
 
     return wide
@@ -84,7 +84,7 @@ def reverse_log_variance(
 
     Broadcastable against x_0. Of a `learned_diagonal` it is only right for s = t - 1.
     """
-    t, s = jnp.asarray(t), jnp.asarray(s)
+    t, s = step_times(schedule.ends, t, s)
     if prediction.log_variance is not None:
         return prediction.log_variance
     if prediction.variance_fraction is not None:

@@ -45,7 +45,7 @@ def shifted(key: jax.Array, x: jax.Array, most: int, *, flip: bool) -> jax.Array
     height, width = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
     key_shift, key_flip = jax.random.split(key)
-    offsets = jax.random.randint(key_shift, (len(x), 2), 0, 2 * most + 1)
+    offsets = jax.random.randint(key_shift, (len(x), 2), 0, 2 * most + 1, jnp.int32)
 
     def cut(image: jax.Array, offset: jax.Array) -> jax.Array:
         start = (offset[0], offset[1], 0)
@@ -53,6 +53,6 @@ def shifted(key: jax.Array, x: jax.Array, most: int, *, flip: bool) -> jax.Array
 
     x = jax.vmap(cut)(padded, offsets)
     if flip:
-        mirrored = jax.random.bernoulli(key_flip, 0.5, (len(x), 1, 1, 1))
+        mirrored = jax.random.bernoulli(key_flip, jnp.float32(0.5), (len(x), 1, 1, 1))
         x = jnp.where(mirrored, x[:, :, ::-1], x)
     return x

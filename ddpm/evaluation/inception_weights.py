@@ -82,7 +82,7 @@ def _places() -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def _shapes() -> dict[tuple[str, ...], tuple[int, ...]]:
-    x = jnp.zeros((1, SIDE, SIDE, 3))
+    x = jnp.zeros((1, SIDE, SIDE, 3), jnp.float32)
     shapes = jax.eval_shape(Inception().init, jax.random.key(0), x)
     return {k: v.shape for k, v in flatten_dict(shapes).items()}
 

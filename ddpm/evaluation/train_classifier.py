@@ -48,7 +48,7 @@ RECIPES = {
 def train(source: Source, recipe: Recipe, seed: int = 0) -> Any:
     """Returns the averaged weights after recipe.steps of AdamW, its rate a cosine down to 0."""
     model = Classifier(source.num_classes or 10)
-    x = jnp.zeros((1, *source.image_shape))
+    x = jnp.zeros((1, *source.image_shape), jnp.float32)
     params = model.init(jax.random.key(seed), x)["params"]
     rate = optax.warmup_cosine_decay_schedule(
         0.0, recipe.learning_rate, 100, max(recipe.steps, 101)

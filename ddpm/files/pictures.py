@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ddpm.diffusion.pixels import to_uint8
+from ddpm.diffusion.pixels import HALF_BIN, to_uint8
 from ddpm.errors import InputError
 from ddpm.files.atomic import write_atomically
 
@@ -21,9 +21,11 @@ FARTHEST = 10  # from 0, of a float that may still be noise on [-1, 1]
 
 
 def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 1) -> np.ndarray:
-    """Tiles images [n, H, W, C], uint8 or floats in [-1, 1], near square unless `columns` is given:
-    uint8[h, w, C]."""
-    images = eight_bit(images)
+    """Tiles images [n, H, W, C], near square unless `columns` is given: uint8[h, w, C].
+
+    Raises ValueError as `as_pixels` does.
+    """
+    images = as_pixels(images)
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -37,43 +39,45 @@ def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 1) -> np.
     return whole[: -gap or None, : -gap or None]
 
 
-def eight_bit(images: Any) -> np.ndarray:
-    """Returns images of any shape as uint8: as they are, or floats scaled from [-1, 1].
+def as_pixels(images: Any) -> np.ndarray:
+    """Returns pictures [n, H, W, 1 or 3] as uint8: as they are, or from floats in [-1, 1].
 
-    Floats a little outside, as noise is, are clipped. Raises ValueError for others, which would
-    come out black or white: of another range or type, or not finite.
+    Raises ValueError for other types, shapes and values, which would come out black or white.
     """
-    pixels = np.asarray(images)
-    if pixels.dtype == np.uint8:
-        return pixels
-    if pixels.dtype.kind not in "fV":  # JAX's bfloat16 is of kind V
-        raise ValueError(f"images of {pixels.dtype}: must be uint8, or floats in [-1, 1]")
-    pixels = pixels.astype(np.float32)
-    if not np.isfinite(pixels).all():
-        raise ValueError("images with values that are not finite")
-    if np.abs(pixels).max(initial=0) > FARTHEST:
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
+        raise ValueError(f"images of shape {images.shape}: must be [n, H, W, 1 or 3]")
+    if images.dtype == np.uint8:
+        return images
+    if not _is_float(images):
+        raise ValueError(f"images of {images.dtype}: must be uint8, or floats in [-1, 1]")
+    images = images.astype(np.float32)
+    least, most = float(images.min()), float(images.max())
+    if not -1 - HALF_BIN <= least <= most <= 1 + HALF_BIN:  # what rounds to a pixel may pass
         raise ValueError(
-            f"images with values from {pixels.min():g} to {pixels.max():g}: must be uint8, or "
-            "floats in [-1, 1]"
+            f"images of floats from {least:g} to {most:g}: floats must be in [-1, 1]: clip "
+            "them, np.clip(images, -1, 1), or give pixels as uint8"
         )
-    return to_uint8(pixels)
+    return to_uint8(images)
+
+
+def _is_float(images: np.ndarray) -> bool:
+    return images.dtype.kind in "fV"  # JAX's bfloat16 is of kind V
 
 
 def show(images: Any, *, columns: int | None = None) -> Image.Image:
     """Returns a grid of images as a Pillow picture, which a notebook displays.
 
     Takes [n, H, W, 1 or 3], a single [H, W, 1 or 3], or grey ones [n, H, W]; NumPy or JAX, uint8 or
-    floats in [-1, 1]. Raises ValueError for others.
+    floats in [-1, 1], of which those a little outside, as noise is, are clipped. Raises ValueError
+    for others.
     """
-    pixels = eight_bit(images)
-    if pixels.ndim == 3:
-        pixels = pixels[None] if pixels.shape[-1] in (1, 3) else pixels[..., None]
-    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or not pixels.size:
-        raise ValueError(
-            f"images of shape {np.shape(images)}: must be [n, H, W, C], [H, W, C] or [n, H, W], "
-            "with 1 or 3 channels"
-        )
-    return to_picture(grid(pixels, columns=columns), least_side=400)
+    shown = np.asarray(images)
+    if shown.ndim == 3:
+        shown = shown[None] if shown.shape[-1] in (1, 3) else shown[..., None]
+    if _is_float(shown) and shown.size and np.abs(shown).max(initial=0) <= FARTHEST:
+        shown = np.clip(shown.astype(np.float32), -1, 1)
+    return to_picture(grid(shown, columns=columns), least_side=400)
 
 
 def to_picture(image: np.ndarray, *, least_side: int = 0) -> Image.Image:
@@ -95,7 +99,8 @@ def save_grid(
 ) -> None:
     """Writes a PNG of at least 400 pixels; small images are enlarged without blurring.
 
-    `about`, what made the images, is its text `provenance`, as JSON.
+    images: [n, H, W, 1 or 3], uint8 or floats in [-1, 1]; ValueError for others. `about`, what
+    made the images, is the file's text `provenance`, as JSON.
     """
     picture = to_picture(grid(images, columns=columns), least_side=400)
     words = PngInfo()
@@ -105,7 +110,8 @@ def save_grid(
 
 
 def save_gif(path: Path, frames: np.ndarray, *, milliseconds: int = 60) -> None:
-    """Writes uint8[frames, n, H, W, C] as a looping GIF of grids that rests on the last one."""
+    """Writes a looping GIF of grids that rests on the last one: [frames, n, H, W, C], of what
+    `save_grid` takes."""
     pictures = [to_picture(grid(images), least_side=400) for images in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [2000]
     write_atomically(
@@ -122,8 +128,8 @@ def save_mp4(path: Path, frames: np.ndarray, *, milliseconds: int = 60) -> None:
     Raises InputError where the package imageio-ffmpeg is missing, ValueError for other arrays.
     """
     write_frames = mp4_writer()
-    if frames.dtype != np.uint8 or frames.ndim != 5 or not frames.size:
-        raise ValueError(f"frames of {frames.dtype}{list(frames.shape)}: uint8[frames, n, H, W, C]")
+    if frames.ndim != 5 or not frames.size:
+        raise ValueError(f"frames of shape {frames.shape}: must be [frames, n, H, W, C]")
     first = to_picture(grid(frames[0]), least_side=400)
     size = first.width + first.width % 2, first.height + first.height % 2
     rests = [len(frames) - 1] * round(2000 / milliseconds)

@@ -79,8 +79,8 @@ class GroupNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises [B, H, W, C], in the same shape and dtype; the statistics are float32."""
         batch, height, width, channels = x.shape
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         size = channels // self.num_groups
 
         def group_mean(per_channel: jax.Array) -> jax.Array:
@@ -105,8 +105,10 @@ def time_embedding(
     zero.
     """
     half = dimension // 2
-    frequencies = jnp.exp(-jnp.log(1e4) / (half - frequency_shift) * jnp.arange(half))
-    angles = (t - 1)[:, None] * frequencies
+    frequencies = jnp.exp(
+        -jnp.log(1e4) / (half - frequency_shift) * jnp.arange(half, dtype=jnp.float32)
+    )
+    angles = (jnp.asarray(t, jnp.float32) - 1)[:, None] * frequencies
     parts = [jnp.sin(angles), jnp.cos(angles)]
     sinusoids = jnp.concatenate(parts[::-1] if cosines_first else parts, axis=-1)
     return jnp.pad(sinusoids, ((0, 0), (0, dimension % 2)))
@@ -136,7 +138,9 @@ class LabelEmbedding(nn.Module):
     def __call__(self, label: jax.Array) -> jax.Array:
         shape = (self.num_labels, self.features)
         # Of size 1, as PyTorch begins embeddings: at 0.02 the labels were learned far later.
-        table = jnp.asarray(self.param("embedding", nn.initializers.normal(1.0), shape))
+        table = jnp.asarray(
+            self.param("embedding", nn.initializers.normal(1.0), shape, jnp.float32)
+        )
         # JAX's defaults, to clamp and to wrap, would take a wrong label for another class.
         found = table.at[label].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return found.astype(self.dtype)
@@ -184,7 +188,7 @@ def embed(
     elif label is not None:
         raise ValueError("a network without classes (num_classes = 0) takes no label")
     if num_features:
-        given = jnp.zeros((1, num_features)) if features is None else features
+        given = jnp.zeros((1, num_features), jnp.float32) if features is None else features
         if given.ndim != 2 or given.shape[-1] != num_features:
             raise ValueError(f"features of shape {given.shape}: must be [B, {num_features}]")
         # Without bias: features of zero are no features.
@@ -209,7 +213,7 @@ def concatenate_inputs(
     """
     shape = (*x.shape[:3], condition_channels)
     if condition is None:
-        condition = jnp.zeros(shape)
+        condition = jnp.zeros(shape, jnp.float32)
     elif condition.shape != shape:
         raise ValueError(f"a condition of shape {condition.shape}: must be {shape}")
     angles = [2.0**n * np.pi * x.astype(jnp.float32) for n in exponents]

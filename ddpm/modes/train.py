@@ -259,6 +259,12 @@ def _announce(
             f"{config.diffusion.prediction!r} at t = T as {weight:.0e} at the median t, nearly all "
             "of the loss: such a weight is for the predictions x_0, v and edm"
         )
+    if weight == 0:
+        logbook.say(
+            f"config.training.loss_weight = {config.training.loss_weight!r} is 0 at t = T, where "
+            "the schedule leaves no signal: the step that samples begin with is never trained; "
+            "take 'none', 'v' or 'truncated_snr'"
+        )
 
 
 # --- Callbacks

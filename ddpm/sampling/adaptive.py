@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from ddpm.diffusion import flow
-from ddpm.diffusion.predictions import Denoiser
-from ddpm.diffusion.process import Noise, StepInfo, StepResult, predict
+from ddpm.diffusion.predictions import Denoiser, predict
+from ddpm.diffusion.process import Noise, StepInfo, StepResult
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.sampling.samplers import Sampler
 

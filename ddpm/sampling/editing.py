@@ -14,7 +14,7 @@ import numpy as np
 
 from ddpm.diffusion.gaussian import q_sample, q_step, same_shape
 from ddpm.diffusion.pixels import check_scaled
-from ddpm.diffusion.predictions import Denoiser, Prediction
+from ddpm.diffusion.predictions import Denoiser, Prediction, predict
 from ddpm.diffusion.process import Noise, StepInfo, StepResult, no_memory
 from ddpm.diffusion.schedules import NoiseSchedule, require_signal
 from ddpm.diffusion.streams import KNOWN, keys_per_example, noise_streams, normal
@@ -141,6 +141,17 @@ def inpaint(
 ) -> jax.Array:
     """Returns x_0 with what is not kept drawn anew, to fit: RePaint (Lugmayr et al. 2022, Algorithm
     1).
+
+    It is approximate, also with an exact denoiser. On two pixels of a Gaussian with correlation
+    0.73, with `schedules.linear(1000)`, 250 steps, jumps of 10 and `fixed_small`, the mean of the
+    painted pixel goes this part of the way from the marginal to the conditional mean, and its
+    standard deviation is this multiple of the conditional's:
+
+        resamplings              1      10     30     100
+        way to the mean          0.56   0.93   0.97   0.98
+        standard deviation       1.12   0.96   0.95   0.95
+
+    Shorter chains are worse, however many the resamplings: 50 steps end at 0.72 of the way.
 
     Args:
       keep: bool, [B, ...] or broadcastable to it: True where x_0 is known.
@@ -298,9 +309,6 @@ def invert(
     rising = jnp.asarray(falling[::-1].copy())
     x_0 = jnp.asarray(check_scaled(x_0), jnp.float32)
 
-    def predict(x: jax.Array, t: jax.Array) -> Prediction:
-        return denoiser(x, jnp.broadcast_to(t, x.shape[:1]))
-
     def total(x: jax.Array) -> jax.Array:
         """Sums each example: [B, 1, ...]."""
         return x.sum(axis=tuple(range(1, x.ndim)), keepdims=True)
@@ -317,7 +325,7 @@ def invert(
 
         def nearer(k: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             x, x_before, lack_before, best, best_eps, least = state
-            x_0, eps, *_ = predict(x, t)
+            x_0, eps, *_ = predict(denoiser, x, t)
             missed = jnp.abs(step.s.alpha * x_0 + step.s.sigma * eps - x_s)
             missed = missed.max(axis=tuple(range(1, x.ndim)), keepdims=True)
             better = missed < least
@@ -338,8 +346,8 @@ def invert(
         _, _, _, x_t, eps, least = found
         return (x_t, eps, jnp.maximum(worst, least.reshape(-1))), None
 
-    eps = predict(x_0, rising[0]).eps if falling[-1] else jnp.zeros_like(x_0)
-    start = x_0, eps, jnp.zeros(len(x_0))
+    eps = predict(denoiser, x_0, rising[0]).eps if falling[-1] else jnp.zeros_like(x_0)
+    start = x_0, eps, jnp.zeros(len(x_0), x_0.dtype)
     (x_t, _, worst), _ = jax.lax.scan(rise, start, (rising[:-1], rising[1:]))
     return Inversion(x_t, worst)
 

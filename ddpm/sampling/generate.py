@@ -54,7 +54,7 @@ class Generator:
         def draw(
             params: Any, seed: jax.Array, start: jax.Array, *images: jax.Array
         ) -> tuple[jax.Array, ...]:
-            indices = start + jnp.arange(batch_size)
+            indices = start + jnp.arange(batch_size, dtype=jnp.int32)
             if sharding is not None:
                 indices, *images = jax.lax.with_sharding_constraint((indices, *images), sharding)
             typed = jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
@@ -67,7 +67,7 @@ class Generator:
             snapshots: int, params: Any, keys: jax.Array, *images: jax.Array
         ) -> jax.Array:
             few = (len(keys), *image_shape)
-            denoiser = make_denoiser(params, jnp.arange(len(keys)), *images)
+            denoiser = make_denoiser(params, jnp.arange(len(keys), dtype=jnp.int32), *images)
             chain = sample_chain(keys, schedule, denoiser, few, snapshots=snapshots, **options)
             return to_uint8(jnp.concatenate([chain.x_t, chain.x_0[None]]))
 
@@ -75,13 +75,13 @@ class Generator:
             snapshots: int, params: Any, keys: jax.Array, *images: jax.Array
         ) -> jax.Array:
             few = (len(keys), *image_shape)
-            denoiser = make_denoiser(params, jnp.arange(len(keys)), *images)
+            denoiser = make_denoiser(params, jnp.arange(len(keys), dtype=jnp.int32), *images)
             chain = sample_chain(keys, schedule, denoiser, few, snapshots=snapshots, **options)
             return to_uint8(chain.predicted_x_0)
 
         def draw_sharing(t: float, params: Any, keys: jax.Array, *images: jax.Array) -> jax.Array:
             few = (len(keys), *image_shape)
-            denoiser = make_denoiser(params, jnp.zeros(1, int), *images)
+            denoiser = make_denoiser(params, jnp.zeros(1, jnp.int32), *images)
             return to_uint8(share(keys, schedule, denoiser, few, t, **options))
 
         self._draw_predicted = jax.jit(draw_predicted, static_argnums=0)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm.diffusion.gaussian import expand_like
-from ddpm.diffusion.predictions import Denoiser, Prediction, from_x_0
+from ddpm.diffusion.predictions import Denoiser, Prediction, from_x_0, predict
 from ddpm.diffusion.schedules import NoiseSchedule, require_signal
 
 CLASSIFIER_SILENT = "where a classifier has nothing to say of x_0"
@@ -49,7 +49,7 @@ def classifier_free(
         raise ValueError(f"rescale = {rescale}: must be between 0 (off) and 1")
 
     def guided(x_t: jax.Array, t: jax.Array, by: jax.Array, towards: Prediction) -> Prediction:
-        away = unconditional(x_t, t)
+        away = predict(unconditional, x_t, t)
         w = expand_like(by, x_t)
         # So x_0 and eps are combined alike, and it is exact at w = 0 and 1; both stay those of
         # x_t, also where alpha_t = 0 and eps would not tell x_0.
@@ -65,12 +65,12 @@ def classifier_free(
         return towards._replace(x_0=found.x_0, eps=found.eps)
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
-        towards = conditional(x_t, t)
+        towards = predict(conditional, x_t, t)
         if interval is None:
-            return guided(x_t, t, jnp.asarray(scale), towards)
+            return guided(x_t, t, jnp.asarray(scale, jnp.float32), towards)
         noise_to_signal = jnp.exp(-0.5 * schedule.at(t).high)
         inside = (noise_to_signal > interval[0]) & (noise_to_signal <= interval[1])
-        by = jnp.where(inside, jnp.asarray(scale), 1.0)
+        by = jnp.where(inside, jnp.asarray(scale, jnp.float32), 1.0)
         return jax.lax.cond(inside.any(), lambda: guided(x_t, t, by, towards), lambda: towards)
 
     return denoise
@@ -93,10 +93,11 @@ def classifier_guided(
     require_signal(schedule, CLASSIFIER_SILENT)
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
-        prediction = denoiser(x_t, t)
+        prediction = predict(denoiser, x_t, t)
         gradient = jax.grad(lambda x: log_probability(x, t).sum())(x_t)
         level = schedule.at(t)
-        step = expand_like(jnp.asarray(scale), x_t) * expand_like(level.sigma, x_t) * gradient
+        w = expand_like(jnp.asarray(scale, jnp.float32), x_t)
+        step = w * expand_like(level.sigma, x_t) * gradient
         return prediction._replace(
             x_0=prediction.x_0 + expand_like(jnp.exp(-0.5 * level.high), x_t) * step,
             eps=prediction.eps - step,
@@ -114,7 +115,7 @@ def of_x_0(
     clipped, for a clipped pixel has no gradient. It is an approximation, of E[p(y | x_0) | x_t] by
     p(y | E[x_0 | x_t]) (as Chung et al. 2023 do for inverse problems).
     """
-    return lambda x_t, t: log_probability_of_x_0(denoiser(x_t, t).x_0)
+    return lambda x_t, t: log_probability_of_x_0(predict(denoiser, x_t, t).x_0)
 
 
 def _std(x: jax.Array) -> jax.Array:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ddpm.diffusion.gaussian import same_shape
-from ddpm.diffusion.predictions import Denoiser, to_score
-from ddpm.diffusion.process import Noise, StepInfo, StepResult, predict
+from ddpm.diffusion.predictions import Denoiser, predict, to_score
+from ddpm.diffusion.process import Noise, StepInfo, StepResult
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.streams import LANGEVIN
 from ddpm.sampling.samplers import Sampler, ancestral
@@ -116,7 +116,7 @@ def _corrected(
     times = jnp.broadcast_to(t, x_t.shape[:1])
 
     def move(k: jax.Array, x: jax.Array) -> jax.Array:
-        score = to_score(schedule, times, denoiser(x, times))
+        score = to_score(schedule, times, predict(denoiser, x, times))
         return langevin_step(score, x, step_size, noise(LANGEVIN + k))
 
     return jax.lax.fori_loop(0, steps, move, x_t)

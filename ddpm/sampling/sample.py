@@ -76,7 +76,7 @@ def sample_chain(
         times = samplers.times(schedule.num_steps, sampler.steps)
     times = check_chain(schedule, sampler, times)
     process = GaussianDiffusion(schedule, step=sampler.step, make_memory=sampler.memory)
-    start = None if x_t is None else jnp.asarray(check_scaled(x_t, "x_t"), float)
+    start = None if x_t is None else check_scaled(x_t, "x_t")
     return run_chain(key, process, denoiser, shape, times, x_t=start, snapshots=snapshots)
 
 
@@ -101,9 +101,9 @@ def run_chain(
         raise ValueError(f"x_t is of shape {x_t.shape}, the samples of {shape}")
     steps = len(t) - 1
     snapshots = min(snapshots, steps)
-    moments = np.round(np.linspace(0, steps - 1, snapshots)).astype(int)
+    moments = np.round(np.linspace(0, steps - 1, snapshots)).astype(np.int32)
     # Where step i's snapshot goes; the extra row absorbs the steps that are not kept.
-    slots = np.full(steps, snapshots)
+    slots = np.full(steps, snapshots, np.int32)
     slots[moments] = np.arange(snapshots)
     streams = noise_streams(t, process.num_steps)
 
@@ -129,7 +129,8 @@ def run_chain(
     rows = snapshots + 1 if snapshots else 0
     empty = (jnp.zeros((rows, *shape), x_t.dtype), jnp.zeros((rows, *shape), jnp.float32))
     carry = x_t, process.memory(x_t), jnp.zeros((), jnp.int32), empty
-    inputs = [jnp.asarray(x) for x in (t[:-1], t[1:], np.arange(steps), streams[1:], slots)]
+    numbers = np.arange(steps, dtype=np.int32)
+    inputs = [jnp.asarray(x) for x in (t[:-1], t[1:], numbers, streams[1:], slots)]
     (x_0, _, evaluations, kept), _ = jax.lax.scan(step, carry, inputs)
     x_kept, predicted = (k[:snapshots] for k in kept)
     return Chain(x_0, t[:-1][moments], x_kept, predicted, evaluations)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm.diffusion.gaussian import fixed_large
-from ddpm.diffusion.predictions import Denoiser, Prediction
+from ddpm.diffusion.predictions import Denoiser, Prediction, predict
 from ddpm.diffusion.process import (
     Noise,
     Step,
@@ -21,7 +21,6 @@ from ddpm.diffusion.process import (
     StepResult,
     ancestral_draw,
     no_memory,
-    predict,
 )
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.variances import ReverseVariance
@@ -146,6 +145,8 @@ def times(num_steps: int, steps: int | None = None) -> np.ndarray:
 
 
 def check_steps(num_steps: int, steps: int) -> None:
-    """Raises ValueError unless 1 <= steps <= T."""
-    if not 1 <= steps <= num_steps:
-        raise ValueError(f"{steps} sampling steps: must be between 1 and T = {num_steps}")
+    """Raises ValueError unless 1 <= steps <= T, and whole."""
+    if not isinstance(steps, int | np.integer) or not 1 <= steps <= num_steps:
+        raise ValueError(
+            f"{steps} sampling steps: must be a whole number between 1 and T = {num_steps}"
+        )

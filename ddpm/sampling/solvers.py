@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ddpm.diffusion.predictions import Denoiser
-from ddpm.diffusion.process import Noise, StepInfo, StepResult, predict
+from ddpm.diffusion.predictions import Denoiser, predict
+from ddpm.diffusion.process import Noise, StepInfo, StepResult
 from ddpm.diffusion.schedules import LogSNR, NoiseSchedule
 from ddpm.sampling.samplers import Sampler
 
@@ -34,12 +34,19 @@ def dpm_solver(order: int = 2, *, stochastic: bool = False, steps: int | None = 
     half of its quadratic term, and measures as of order 2.
 
     Args:
-      stochastic: solves the SDE (Lu et al. 2022, appendix; order 1 is ancestral sampling with
-        `fixed_small`).
+      stochastic: solves the SDE (Lu et al. 2022, appendix), with order 1, ancestral sampling with
+        `fixed_small`, or 2. These are weak orders: of the samples' distribution. The formula of
+        order 3 is of weak order 2 too, and no more precise, as the noise of a step moves x_0 along
+        it.
 
     Raises ValueError for another order.
     """
     _check_order(order)
+    if stochastic and order == _HIGHEST:
+        raise ValueError(
+            "order = 3 with stochastic = True: the SDE's samples would be no more precise than "
+            "with order 2: take order 1 or 2, or the ODE"
+        )
 
     def step(
         schedule: NoiseSchedule,
@@ -162,7 +169,7 @@ def _weights(h: jax.Array, places: list[jax.Array]) -> list[jax.Array]:
         return []
     if len(places) == 1:
         return [0.5 / places[0]]
-    powers = jnp.arange(1, len(places) + 1)
+    powers = jnp.arange(1, len(places) + 1, dtype=jnp.int32)
     moments = jnp.stack([_moment(k, h) for k in range(1, len(places) + 1)])
     matrix = jnp.stack(places)[None, :] ** powers[:, None]
     return list(jnp.linalg.solve(matrix, moments))
@@ -244,14 +251,14 @@ def heun(
     ) -> StepResult:
         t = step_info.t
         if churn:
-            most = _sigma(schedule.at(jnp.asarray(schedule.num_steps)))
+            most = _sigma(schedule.at(schedule.num_steps))
             sigma, n = _sigma(schedule.at(t)), len(step_info.times) - 1
             within = (sigma >= churn_range[0]) & (sigma <= churn_range[1])
             raised = sigma * (1 + jnp.where(within, min(churn / n, math.sqrt(2) - 1), 0.0))
             raised = jnp.clip(raised, sigma, most)
             added = jnp.sqrt((raised - sigma) * (raised + sigma))
             y = x_t / schedule.at(t).alpha + added * churn_noise * noise()
-            t = jnp.where(added > 0, schedule.time_of(-2 * jnp.log(raised)), 1.0 * t)
+            t = jnp.where(added > 0, schedule.time_of(-2 * jnp.log(raised)), jnp.float32(t))
             x_t = schedule.at(t).alpha * y
         now, then = schedule.at(t), schedule.at(step_info.s)
         first = predict(denoiser, x_t, t)

@@ -33,10 +33,12 @@ def draw(key: jax.Array, n: int, probability: float) -> jax.Array:
     direction, and translation.
     """
     of_which, of_sizes, of_angles, of_coins = jax.random.split(key, 4)
-    made = jax.random.bernoulli(of_which, probability, (n, 5)).astype(jnp.float32)
-    size = jax.random.normal(of_sizes, (n, 4))
-    turn, direction = jax.random.uniform(of_angles, (2, n), minval=-jnp.pi, maxval=jnp.pi)
-    coins = jax.random.bernoulli(of_coins, 0.5, (n, 3)).astype(jnp.float32)
+    made = jax.random.bernoulli(of_which, jnp.float32(probability), (n, 5)).astype(jnp.float32)
+    size = jax.random.normal(of_sizes, (n, 4), jnp.float32)
+    turn, direction = jax.random.uniform(
+        of_angles, (2, n), jnp.float32, minval=-jnp.pi, maxval=jnp.pi
+    )
+    coins = jax.random.bernoulli(of_coins, jnp.float32(0.5), (n, 3)).astype(jnp.float32)
     x_flip = coins[:, :1] * (probability > 0)
     y_flip, scale, rotation, stretch, shift = made.T[:, :, None]
     direction = coins[:, 2] * direction
@@ -87,8 +89,9 @@ def warp(x: jax.Array, matrices: jax.Array) -> jax.Array:
     """Warps [B, H, W, C] bilinearly at [B, 2, 3] of (y, x) from the middle, mirrored at the
     borders."""
     height, width = x.shape[1:3]
-    middle = jnp.array([(height - 1) / 2, (width - 1) / 2])
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1)
+    middle = jnp.array([(height - 1) / 2, (width - 1) / 2], jnp.float32)
+    rows, columns = (jnp.arange(n, dtype=jnp.float32) for n in (height, width))
+    grid = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), -1)
 
     def one(image: jax.Array, matrix: jax.Array) -> jax.Array:
         found = _times(matrix[:, :2], (grid - middle)[..., None])[..., 0]

@@ -7,6 +7,7 @@ The average starts from the weights before the first step. `constant`, `warm_up`
 of power-function averages (Karras et al. 2024).
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ def warm_up(decay: float) -> Rate:
     """Returns the rate of decay min(decay, (1 + step)/(10 + step)): short at first, to forget the
     first weights."""
     _check_decay(decay)
-    return lambda step: jnp.maximum(1 - decay, 9.0 / (10.0 + step))
+    return lambda step: jnp.maximum(1 - decay, 9.0 / (10.0 + jnp.float32(step)))
 
 
 def half_life(images: float, batch_size: int, *, ramp_up: float | None = 0.05) -> Rate:
@@ -51,10 +52,10 @@ def half_life(images: float, batch_size: int, *, ramp_up: float | None = 0.05) -
         raise ValueError(f"half-life {images}, batch {batch_size}, ramp-up {ramp_up}: must be > 0")
 
     def rate(step: jax.Array) -> jax.Array:
-        batches = jnp.asarray(images / batch_size)
+        batches = jnp.float32(images / batch_size)
         if ramp_up is not None:
-            batches = jnp.minimum(batches, ramp_up * step)
-        return -jnp.expm1(-np.log(2) / batches)
+            batches = jnp.minimum(batches, ramp_up * jnp.float32(step))
+        return -jnp.expm1(-math.log(2) / batches)
 
     return rate
 
@@ -67,7 +68,7 @@ def power(relative_std: float) -> Rate:
     or 0.10. The first step's decay is 0: the weights before it are forgotten.
     """
     exponent = power_of(relative_std) + 1
-    return lambda step: -jnp.expm1(exponent * jnp.log1p(-1.0 / step))
+    return lambda step: -jnp.expm1(exponent * jnp.log1p(-1.0 / jnp.float32(step)))
 
 
 def power_of(relative_std: float) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from ddpm.diffusion import continuous, losses, streams, timesteps
 from ddpm.diffusion.continuous import Levels, MonotoneLogSNR
@@ -102,14 +103,16 @@ class GaussianObjective(NamedTuple):
         self, network: Any, x_0: jax.Array, t: jax.Array, key: jax.Array | StepKey
     ) -> jax.Array:
         """Returns the losses [B] at given times, eps drawn from the key."""
-        eps = jax.random.normal(streams.draw(key, streams.NOISE), x_0.shape)
+        eps = jax.random.normal(streams.draw(key, streams.NOISE), x_0.shape, jnp.float32)
         if not self.self_conditioning:
             return self.loss_at(self.denoiser(network), x_0, t, eps)
 
         def from_estimate(estimate: jax.Array | None) -> Denoiser:
             return self.denoiser(functools.partial(network, estimate=estimate))
 
-        coins = jax.random.bernoulli(streams.draw(key, streams.COINS), 0.5, (len(x_0),))
+        coins = jax.random.bernoulli(
+            streams.draw(key, streams.COINS), jnp.float32(0.5), (len(x_0),)
+        )
         return self.loss_at(self_conditioned_by(from_estimate, coins), x_0, t, eps)
 
     def gradient(
@@ -182,12 +185,12 @@ class LearnedScheduleObjective(NamedTuple):
             return self.at(Levels(log_snr, slope)).losses_at(network(params), x_0, t, key)
 
         def ends(parameters: MonotoneLogSNR) -> jax.Array:
-            eps = jax.random.normal(streams.draw(key, streams.NOISE), x_0.shape)
+            eps = jax.random.normal(streams.draw(key, streams.NOISE), x_0.shape, jnp.float32)
             return losses.ends_of_bound(continuous.learned(parameters), x_0, eps).mean()
 
         found = continuous.learned_gradients(at_levels, params, parameters, t)
         of_ends, gradient = jax.value_and_grad(ends)(parameters)
-        schedule = jax.tree.map(jax.numpy.add, found.schedule, gradient)
+        schedule = jax.tree.map(jnp.add, found.schedule, gradient)
         grads = found.network | {LEARNED_SCHEDULE: schedule._asdict()}
         parts = Losses(found.losses, t * self.num_steps)
         return found.losses.mean() + of_ends, parts, grads

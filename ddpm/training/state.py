@@ -42,7 +42,7 @@ class Metrics(NamedTuple):
     @classmethod
     def zero(cls) -> "Metrics":
         """Returns metrics with nothing summed yet."""
-        scalar, buckets = jnp.zeros(()), jnp.zeros(NUM_BUCKETS)
+        scalar, buckets = jnp.zeros((), jnp.float32), jnp.zeros(NUM_BUCKETS, jnp.float32)
         return cls(scalar, scalar, scalar, buckets, buckets, jnp.full((), -1, jnp.int32))
 
     def add(
@@ -84,7 +84,9 @@ def init(
     `objective` may add a history of losses, and the parameters of a learned schedule.
     """
     key = streams.draw(jax.random.key(seed), streams.INIT)
-    params = model.init(key, jnp.zeros((1, *image_shape)), jnp.ones((1,), jnp.int32))["params"]
+    params = model.init(key, jnp.zeros((1, *image_shape), jnp.float32), jnp.ones((1,), jnp.int32))[
+        "params"
+    ]
     if objective is not None:
         params |= objective.schedule_parameters()
     # Copies: all are donated to the step, and one buffer cannot be donated twice.

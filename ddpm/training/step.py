@@ -76,7 +76,9 @@ def make_train_step(
 
 def dropped(key: StepKey, labels: jax.Array, num_classes: int, probability: float) -> jax.Array:
     """Returns the labels int[B], each replaced by `num_classes`, 'no label', with a probability."""
-    coins = jax.random.bernoulli(streams.draw(key, streams.LABELS), probability, labels.shape)
+    coins = jax.random.bernoulli(
+        streams.draw(key, streams.LABELS), jnp.float32(probability), labels.shape
+    )
     return jnp.where(coins, num_classes, labels)
 
 

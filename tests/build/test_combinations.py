@@ -128,6 +128,11 @@ def configured(**values):
             {"diffusion__num_steps": 1, "training__loss_weight": "sigmoid"},
             r"loss_weight = 'sigmoid': .*a schedule of one noise level",
         ),
+        (
+            {"sampling__sampler": "dpm_solver", "sampling__stochastic": True, "sampling__order": 3,
+             "sampling__times": (20, 10, 0)},
+            r"sampler = 'dpm_solver': order = 3 with stochastic = True: .* take order 1 or 2",
+        ),
         ({"diffusion__schedule": "learned"}, r"noise_input = 't': t means another noise as the"),
         (
             LEARNED | {"training__loss": "mse"},
@@ -157,7 +162,10 @@ def configured(**values):
             LEARNED | {"diffusion__log_snr_0": -5.0},
             r"config.diffusion: log-SNR from -5.0 to -5.0: must fall",
         ),
-        (LEARNED | {"diffusion__num_steps": 1}, r"config.diffusion: num_steps = 1: must be >= 2"),
+        (
+            LEARNED | {"diffusion__num_steps": 1},
+            r"config.diffusion: num_steps = 1: must be a whole number >= 2",
+        ),
         (
             LEARNED | {"training__augmentation": 0.1},
             r"augmentation = 0.1: .*decoder of a learned schedule codes: take another",

@@ -13,6 +13,7 @@ from ddpm.build.data import check_labels
 from ddpm.build.schedule import SCHEDULES, noise_schedule
 from ddpm.config import default, flatten, to_json
 from ddpm.config.command import overrides, parse
+from ddpm.config.rules import check_values
 from ddpm.config.same_run import check_same_run
 from ddpm.data.sources import ArraySource
 from ddpm.errors import InputError
@@ -28,6 +29,50 @@ def changed(**values):
             node = node[name]
         node[last] = value
     return config
+
+
+NUMBERS = [k for k, v in flatten(default()).items() if not isinstance(v, bool | str)]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_numbers_that_no_memory_holds_are_refused(key):
+    """An OverflowError, or nothing at all, before."""
+    example = flatten(default())[key]
+    if isinstance(example, tuple):
+        if key in ("sampling.times", "diffusion.betas", "evaluation.parts", "comparison.samplers"):
+            return
+        wrong = (10**12,) * max(1, len(example))
+    else:
+        wrong = 10**12 if isinstance(example, int) else 10**400
+    with pytest.raises(InputError, match=f"config.{key} = .*: must be .*[0-9]"):
+        check_values(changed(**{key.replace(".", "__"): wrong}), {})
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+@pytest.mark.parametrize("key", NUMBERS)
+def test_an_override_of_another_type_is_told_its_key_and_type(key):
+    kind = type(flatten(default())[key])
+    if kind is tuple:  # whose values are checked with the config
+        return
+    for argv in ([f"--config.{key}=abc"], [f"--config.{key}", "1.5.2"]):
+        value = argv[-1].split("=")[-1]
+        said = f"^--config.{key}={value}: must be of type {kind.__name__}$"
+        with pytest.raises(InputError, match=said):
+            parse(["main.py", "--config=configs/digits.py", *argv])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_an_error_in_a_config_file_is_one_line(tmp_path):
+    file = tmp_path / "mine.py"
+    begin = "from ddpm.config import default\n\n\ndef get_config():\n    config = default()\n"
+    for line, said in (
+        ("config.training.batch_size = 'abc'", "line 6: TypeError: .*'batch_size'.*'int'"),
+        ("config.update_from_flattened_dict({'seed': 'x'})", "line 6: TypeError: .*'seed'"),
+    ):
+        file.write_text(f"{begin}    {line}\n    return config\n")
+        with pytest.raises(InputError, match=f"^--config={file}, {said}") as error:
+            parse(["main.py", f"--config={file}"])
+        assert "\n" not in str(error.value)
 
 
 def test_defaults_are_valid_and_survive_json():

@@ -48,9 +48,9 @@ def test_density_of_gaussian_data(name, num_steps):
     x_1 = np.float32(np.random.default_rng(1).normal(mean[1], 2 * std[1], (20, 3)))
     found = gaussian_density(schedule, levels(exact), x_1)
     x_last = mean[-1] + std[-1] / std[1] * (np.float64(x_1) - mean[1])
-    expected = (stats.norm.logpdf(x_last) + np.log(std[-1] / std[1])).mean(-1)
+    expected = (stats.norm.logpdf(x_last) + np.log(std[-1] / std[1])).sum(-1)
     close(found.x_last, x_last, rtol=0, atol=2e-4)
-    close(found.log_density / LN2, expected / LN2, rtol=0, atol=5e-4)
+    close(found.log_density / LN2, expected / LN2, rtol=0, atol=1.5e-3)
 
 
 @pytest.mark.parametrize("estimated", [False, True])
@@ -63,8 +63,8 @@ def test_density_of_a_mixture(estimated):
     centres = np.array(MEANS)[rng.choice(3, n, p=WEIGHTS)]
     x_1 = np.float32(rng.normal(centres, np.sqrt(1.5 * SPREAD)))
     found = density(schedule, denoise, x_1, jax.random.key(0) if estimated else None)
-    expected = log_mixture(np.float64(x_1), exact.alpha[1], exact.variance[1]) / 2
-    difference = (np.float64(found.log_density) - expected) / LN2
+    expected = log_mixture(np.float64(x_1), exact.alpha[1], exact.variance[1])
+    difference = (np.float64(found.log_density) - expected) / 2 / LN2
     if estimated:
         assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(n)
         assert difference.std() / np.sqrt(n) < 0.05
@@ -149,7 +149,7 @@ def test_an_example_that_goes_astray_is_seen():
     easy = np.zeros((200, 2), np.float32) + np.float32(MEANS[2])
     alone = density(schedule, denoise, hard)
     among = density(schedule, denoise, np.concatenate([hard, easy]))
-    close(among.log_density[0], alone.log_density[0], rtol=0, atol=2e-3)
+    close(among.log_density[0], alone.log_density[0], rtol=0, atol=4e-3)
 
 
 def test_what_cannot_be_solved_is_nan(monkeypatch):
@@ -185,7 +185,7 @@ def test_exact_trace_is_the_mean_of_the_probes_on_a_network():
     exact = density(schedule, denoise, x_0, **options)
     many = np.repeat(x_0, 36, axis=0)
     found = density(schedule, denoise, many, jax.random.key(0), **options)
-    difference = np.float64(found.log_density) - exact.log_density[0]
+    difference = (np.float64(found.log_density) - exact.log_density[0]) / x_0.size
     assert difference.std() > 1e-4
     assert abs(difference.mean()) < 4 * difference.std() / 6 + 5e-3
 

@@ -12,7 +12,6 @@ from ddpm.data import sources
 from ddpm.diffusion.pixels import to_float
 from ddpm.errors import InputError
 from ddpm.files.pictures import (
-    eight_bit,
     grid,
     save_gif,
     save_grid,
@@ -58,6 +57,38 @@ def test_picture_is_enlarged_pixel_by_pixel(channels, mode):
     enlarged = np.asarray(picture).reshape(8, 12, channels)
     assert (enlarged == x.repeat(4, 0).repeat(4, 1)).all()
     assert (np.asarray(to_picture(x)).reshape(x.shape) == x).all()
+
+
+def test_floats_are_the_pixels_they_stand_for(tmp_path):
+    """Samples of -1..1 cast to uint8 would be near black."""
+    x = images(4, 3)
+    scaled = x / 127.5 - 1
+    for same in (scaled, np.float32(scaled), jnp.float32(scaled), scaled * (1 + 1e-6)):
+        assert (grid(same) == grid(x)).all()
+    save_gif(tmp_path / "a.gif", np.stack([scaled, scaled]))
+    save_gif(tmp_path / "b.gif", np.stack([x, x]))
+    assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.float32(images(4, 1)), "from 0 to 23: floats must be in"),
+        (images(4, 1) / 127.5 - 1.1, "floats must be in"),
+        (np.full((1, 2, 2, 1), np.nan), "floats must be in"),
+        (np.int32(images(4, 1)), "of int32: must be uint8, or floats"),
+        (images(4, 1) > 3, "of bool: must be uint8, or floats"),
+        (images(4, 1)[0], "must be .n, H, W, 1 or 3."),
+        (images(2, 3)[..., :2], "must be .n, H, W, 1 or 3."),
+        (images(2, 3)[:0], "must be .n, H, W, 1 or 3."),
+    ],
+)
+def test_what_is_no_picture_is_refused(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        save_grid(tmp_path / "grid.png", wrong)
+    with pytest.raises(ValueError, match=message):
+        save_gif(tmp_path / "chain.gif", wrong[None])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -121,8 +152,12 @@ def test_mp4_without_its_package_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_mp4_of_other_arrays_is_refused(tmp_path):
-    for frames in (images(2, 3), np.zeros((2, 1, 4, 4, 3)), np.zeros((0, 1, 4, 4, 3), np.uint8)):
-        with pytest.raises(ValueError, match="uint8"):
+    for frames in (
+        images(2, 3),
+        np.zeros((2, 1, 4, 4, 3), int),
+        np.zeros((0, 1, 4, 4, 3), np.uint8),
+    ):
+        with pytest.raises(ValueError, match="must be"):
             save_mp4(tmp_path / "chain.mp4", frames)
     assert list(tmp_path.iterdir()) == []
 
@@ -255,18 +290,18 @@ def test_floats_are_shown_as_they_are_scaled(tmp_path):
         save_grid(tmp_path / name, given)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     ends = np.array([-4.2, -1, 1, 3.9]).reshape(1, 2, 2, 1)
-    assert eight_bit(ends).ravel().tolist() == [0, 0, 255, 255]
+    assert show(ends).tobytes() == show(np.clip(ends, -1, 1)).tobytes()
     assert show(x, columns=6).width > show(x, columns=6).height
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (np.full((1, 4, 4, 1), 200.0), "values from 200 to 200: must be uint8, or floats in"),
+        (np.full((1, 4, 4, 1), 200.0), "from 200 to 200: floats must be in"),
         (np.zeros((1, 4, 4, 1), np.int32), "images of int32: must be uint8, or floats in"),
         (np.zeros((1, 4, 4, 1), bool), "images of bool"),
-        (np.full((1, 4, 4, 1), np.nan), "not finite"),
-        (np.zeros((1, 4, 4, 2)), r"shape \(1, 4, 4, 2\): must be \[n, H, W, C\]"),
+        (np.full((1, 4, 4, 1), np.nan), "from nan to nan"),
+        (np.zeros((1, 4, 4, 2)), r"shape \(1, 4, 4, 2\): must be \[n, H, W, 1 or 3\]"),
         (np.zeros((4, 4)), r"shape \(4, 4\)"),
         (np.zeros((0, 4, 4, 1)), r"shape \(0, 4, 4, 1\)"),
     ],

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpm.build import experiment
 from ddpm.config import default
@@ -32,12 +32,17 @@ OURS = UNET | {
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run, and what was exported of it: average/, raw/, average.safetensors."""
+    """A run, what was exported of it, average/, raw/ and average.safetensors, and what was said."""
     folder = tmp_path_factory.mktemp("export")
     ok(command(folder / "run", **OURS))
-    for out, ema in (("average", True), ("raw", False), ("average.safetensors", True)):
-        ok(command(folder / "run", "--mode=export", f"--out={folder / out}", **OURS,
-                   sampling__ema=ema))  # fmt: skip
+    for out, options in (
+        ("average", {}),
+        ("average.safetensors", {}),
+        ("raw", {"sampling__ema": False, "sampling__variance": "fixed_small"}),
+    ):
+        said = ok(command(folder / "run", "--mode=export", f"--out={folder / out}", **OURS,
+                          **options)).stderr  # fmt: skip
+        (folder / f"{out}.txt").write_text(said)
     return folder
 
 
@@ -75,6 +80,26 @@ def test_import_export_import_gives_equal_bytes(workdir):
     ok(command(workdir / "other", "--mode=export", f"--out={workdir / 'third'}",
                f"--init_from={workdir / 'average.safetensors'}"))  # fmt: skip
     assert bytes_of(workdir / "third") == bytes_of(workdir / "average")
+
+
+def test_noise_left_by_few_steps_is_reported(workdir):
+    said = {out: (workdir / f"{out}.txt").read_text() for out in ("average", "raw")}
+    assert "export again with --config.sampling.variance=fixed_small" in said["average"]
+    assert "fixed_small" not in said["raw"]
+    assert "fixed_small" not in (workdir / "average.safetensors.txt").read_text()
+    scheduler = json.loads((workdir / "raw/scheduler/scheduler_config.json").read_text())
+    assert scheduler["variance_type"] == "fixed_small"
+
+
+@pytest.mark.parametrize("kind", ["fixed_large", "fixed_small"])
+def test_the_last_of_few_steps_of_diffusers_adds_noise_if_large(kind):
+    """The reason of what is reported."""
+    scheduler = DDPMScheduler(variance_type=kind, timestep_spacing="trailing")
+    scheduler.set_timesteps(10)
+    last = scheduler.timesteps[-1]
+    assert last > 0
+    std = float(scheduler._get_variance(last)) ** 0.5
+    assert std > 0.2 if kind == "fixed_large" else std < 1e-9
 
 
 @pytest.mark.parametrize("options", [{}, SCALE_SHIFT], ids=["default", "scale_shift"])

@@ -162,7 +162,6 @@ EXACT = {
     "unipc": (lambda: unipc(2), 20),
     "stochastic_1": (lambda: dpm_solver(1, stochastic=True), 250),
     "stochastic_2": (lambda: dpm_solver(2, stochastic=True), 60),
-    "stochastic_3": (lambda: dpm_solver(3, stochastic=True), 60),
     "heun": (heun, 20),
     "churn": (lambda: heun(churn=10.0, churn_range=(0.05, 50.0)), 50),
     "flow": (lambda: probability_flow(1e-4), None),

@@ -98,6 +98,20 @@ def test_what_is_painted_fits_what_is_known_with_resamplings(known):
     assert wide_often < wide_once
 
 
+@pytest.mark.parametrize(
+    ("steps", "resamplings", "way", "width"),
+    [(250, 1, 0.56, 1.12), (250, 10, 0.93, 0.96), (250, 30, 0.97, 0.95), (50, 30, 0.72, 1.01)],
+)
+def test_what_is_painted_is_as_far_off_as_its_docstring_says(steps, resamplings, way, width):
+    known, (_, exact) = 1.2, pair("linear", 1000)
+    slope = COVARIANCE[0, 1] / COVARIANCE[0, 0]
+    path = editing.repaint_times(times(1000, steps), resamplings=resamplings)
+    mean, variance = painted_moments(known, path, exact)
+    close((mean - CENTRE[1]) / (slope * (known - CENTRE[0])), way, atol=0.005)
+    close(np.sqrt(variance / (COVARIANCE[1, 1] - slope * COVARIANCE[0, 1])), width, atol=0.005)
+    assert f"{way}" in editing.inpaint.__doc__
+
+
 @pytest.mark.parametrize("sampler", [ancestral(), ddim(0.5, steps=7)])
 def test_with_nothing_kept_inpainting_is_sampling(sampler):
     schedule, exact = pair("linear", 20)

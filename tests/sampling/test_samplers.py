@@ -145,7 +145,7 @@ def test_all_times_by_default():
 
 @pytest.mark.parametrize("steps", [0, -1, 11])
 def test_number_of_steps_out_of_range_is_refused(steps):
-    with pytest.raises(ValueError, match="between 1 and T = 10"):
+    with pytest.raises(ValueError, match="a whole number between 1 and T = 10"):
         times(10, steps)
 
 

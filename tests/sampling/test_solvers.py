@@ -10,9 +10,11 @@ from scipy.integrate import quad
 
 from ddpm import NoiseSchedule, Prediction, ancestral, ddim, fixed_small, sample, schedules
 from ddpm.diffusion.predictions import from_eps
+from ddpm.diffusion.process import GaussianDiffusion
 from ddpm.sampling import grids
 from ddpm.sampling.adaptive import probability_flow
 from ddpm.sampling.langevin import annealed_langevin, predictor_corrector
+from ddpm.sampling.sample import run_chain
 from ddpm.sampling.samplers import StepInfo
 from ddpm.sampling.solvers import _moment, _weights, dpm_solver, euler, heun, unipc
 from tests.exact import close, gaussian_denoiser, mixture_denoiser, pair
@@ -88,6 +90,57 @@ def test_order_of_convergence(sampler, order, mean, variance):
     assert found.dtype == np.float64
     assert abs(np.log2(errors[0] / errors[1]) - order) < 0.25
     assert errors[1] < 0.02
+
+
+@pytest.mark.parametrize(
+    "solver", [dpm_solver, unipc, functools.partial(dpm_solver, stochastic=True)]
+)
+def test_other_orders_are_refused(solver):
+    orders = (0, 4, 2.5, 3) if isinstance(solver, functools.partial) else (0, 4, 2.5)
+    for order in orders:
+        with pytest.raises(ValueError, match=f"order = {order}"):
+            solver(order)
+
+
+class OneNoiseEach(GaussianDiffusion):
+    """Draws 1 into the i-th time of a chain for the i-th example, and 0 otherwise."""
+
+    def noise(self, keys, stream, shape):
+        into = jnp.concatenate([self.variance, jnp.array([-1, -1])])
+        return jnp.broadcast_to(into[:, None] == stream, (len(into), *shape)) * 1.0
+
+
+@functools.partial(jax.jit, static_argnames=("order", "n"))
+def responses(mean, variance, order, n):
+    """How the end of a chain of the SDE's solver responds to each noise, none, and x_T = 1."""
+    sampler, times = dpm_solver(order, stochastic=True), 1 + np.arange(n, -1, -1) * (FINE // n)
+    process = OneNoiseEach(fine_schedule(), times[1:], sampler.step, sampler.memory)
+    start = jnp.zeros((n + 2, 1)).at[-1].set(1.0)
+    denoise = exact_denoiser(mean, variance)
+    key = jax.random.key(0)
+    return run_chain(key, process, denoise, start.shape, np.int32(times), x_t=start).x_0[:, 0]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(("mean", "variance"), [(0.4, 0.25), (0.2, 0.05)])
+def test_weak_order_of_convergence(order, mean, variance):
+    """On a Gaussian a chain is affine in its noises, so its moments are exact: no sample is drawn.
+
+    With the formula of order 3 the rate would be 2.1 here, and the errors those of order 2.
+    """
+    snr = np.exp(LOG_SNR[[-1, 0]])
+    alpha, at_end = np.sqrt(snr / (1 + snr)), (snr * variance + 1) / (1 + snr)
+    errors = []
+    with jax.enable_x64(True):
+        for n in (FINE // 4, FINE // 2):
+            found = np.asarray(responses(mean, variance, order, n))
+            gain = found - found[-2]
+            assert found.dtype == np.float64
+            close(found[-2] + gain[-1] * alpha[0] * mean, alpha[1] * mean, rtol=1e-10)
+            spread = (gain[:-2] ** 2).sum() + gain[-1] ** 2 * at_end[0]
+            errors.append(abs(spread / at_end[1] - 1))
+    assert abs(np.log2(errors[0] / errors[1]) - order) < 0.35
+    assert errors[1] < 0.04
 
 
 def test_the_adaptive_solver_reaches_its_tolerance():
