@@ -6,6 +6,7 @@ reference, export. The command itself is `ddpm.cli.run`.
 """
 
 import os
+import signal
 import sys
 
 if __name__ == "__main__":
@@ -15,6 +16,20 @@ if __name__ == "__main__":
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
+    def stopped(*_: object) -> None:
+        os.write(2, b"error: stopped\n")
+        os._exit(130)
+
+    # While JAX is imported, which an exception from a handler would crash: nothing is lost yet.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, stopped)
+
     from ddpm.cli import run
 
-    sys.exit(run(sys.argv))
+    code = run(sys.argv)
+    if code:  # what was stopped anywhere may crash, or print tracebacks, as the interpreter ends
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -37,6 +37,17 @@ def configure() -> None:
             )
 
 
+def memory() -> int | None:
+    """Returns the bytes of memory of a device, or of the machine; None where neither says."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def _processor() -> str:
     """Returns a name of this processor, whose programs others may not be able to run."""
     text = platform.machine() + platform.processor()

@@ -20,10 +20,10 @@ from ddpm.data.images import check_image_shape
 from ddpm.errors import InputError
 from ddpm.evaluation import comparison, distances, features, report
 from ddpm.files.atomic import write_atomically
+from ddpm.files.progress import say
 from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import RUN_ON, Run, draw, load_run, with_variance
 from ddpm.modes.measures.job import features_of_data, make_extractor
-from ddpm.training.logbook import say
 
 HEADER = ("sampler", "steps", "calls", "Fréchet distance", "s/image")
 SHOWN = 16  # samples of each entry in the picture
@@ -94,7 +94,7 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
 
         def timed(run: Run = run, clock: Any = clock, kept: Any = kept, of: Any = generator) -> Any:
             began = time.perf_counter()
-            for images in draw(run, of, c.num_samples, c.seed):
+            for images in draw(of, run.params, c.num_samples, c.seed, workdir):
                 clock.append(time.perf_counter() - began)
                 kept.append(images[: max(0, SHOWN - sum(map(len, kept)))])
                 yield images

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from ddpm.config import TASKS, with_settings
 from ddpm.data.images import read_image
@@ -17,6 +16,7 @@ from ddpm.diffusion.pixels import to_float, to_uint8
 from ddpm.diffusion.streams import sample_keys
 from ddpm.errors import InputError
 from ddpm.files import pictures
+from ddpm.files.progress import doing
 from ddpm.modes.inputs import by, pictures_at
 from ddpm.modes.loading import Run, load_run
 from ddpm.sampling import editing
@@ -264,7 +264,7 @@ def _in_batches(
         return to_uint8(found), jnp.isfinite(found).all()
 
     results = []
-    with tqdm(total=n, desc="editing", unit="image", disable=None) as bar:
+    with doing("editing", total=n, leave=True) as bar:
         for start in range(0, n, size):
             rows = np.minimum(np.arange(start, start + size), n - 1)
             batch = jax.device_put([a[rows] for a in arrays], sharding.split_batch(run.mesh))

@@ -16,11 +16,11 @@ from ddpm.data.images import check_image_shape
 from ddpm.errors import InputError
 from ddpm.evaluation import report
 from ddpm.files.atomic import write_atomically
+from ddpm.files.progress import doing, say
 from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import RUN_ON, load_run
 from ddpm.modes.measures import chains, fidelity, likelihoods
 from ddpm.modes.measures.job import prepare
-from ddpm.training.logbook import say
 
 FAILED = "failed"  # in evaluation.json: the reason, by part
 HEADER = ("figure", "of", "value", "how")
@@ -62,7 +62,8 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     for part in wanted:
         say(f"{part} ..")
         try:
-            measured = _MEASURES[part](job)
+            with doing(part):
+                measured = _MEASURES[part](job)
         except ValueError as error:
             failed[part] = str(error)
             say(f"{part}: {error}")

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from ddpm.files import pictures
 from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import draw, load_run
+from ddpm.modes.run_folder import compiling
 
 GRID_SAMPLES = 100
 CHAIN_SAMPLES = 25
@@ -33,7 +34,7 @@ def sample(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     first: list[np.ndarray] = []
 
     def batches() -> Iterator[np.ndarray]:
-        for images in draw(run, generator, s.num_samples, s.seed):
+        for images in draw(generator, run.params, s.num_samples, s.seed, workdir):
             if sum(map(len, first)) < GRID_SAMPLES:
                 first.append(images)
             yield images
@@ -41,9 +42,9 @@ def sample(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     out = workdir / "samples"
     pictures.save_npz(out / f"{name}.npz", batches(), (s.num_samples, *image_shape))
     pictures.save_grid(out / f"{name}.png", np.concatenate(first)[:GRID_SAMPLES])
-    frames = generator.chain(
-        run.params, min(CHAIN_SAMPLES, s.num_samples), seed=s.seed, snapshots=CHAIN_FRAMES
-    )
+    few = min(CHAIN_SAMPLES, s.num_samples)
+    with compiling(f"and drawing the chain of {few} samples", workdir):
+        frames = generator.chain(run.params, few, seed=s.seed, snapshots=CHAIN_FRAMES)
     pictures.save_gif(out / f"{name}.gif", frames)
     if s.mp4:
         pictures.save_mp4(out / f"{name}.mp4", frames)

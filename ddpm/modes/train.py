@@ -2,8 +2,8 @@
 from the last checkpoint, and ends in the same weights bit for bit."""
 
 import functools
+import itertools
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,15 @@ from ddpm.data.sources import Source
 from ddpm.errors import InputError, NotFinite
 from ddpm.files import pictures
 from ddpm.files.atomic import write_atomically
+from ddpm.files.progress import say
 from ddpm.interop import weights
 from ddpm.modes.inputs import with_small_images
-from ddpm.modes.run_folder import check_run, run_folder
+from ddpm.modes.loading import draw as samples
+from ddpm.modes.run_folder import check_run, compiling, described, run_folder
 from ddpm.sampling.generate import Generator
 from ddpm.training import sharding, snapshots
-from ddpm.training.checkpoints import Checkpoints, items_of, parameter_count, saved_meta
-from ddpm.training.logbook import Logbook, plot_losses, say
+from ddpm.training.checkpoints import Checkpoints, NotWritten, items_of, saved_meta
+from ddpm.training.logbook import Logbook, plot_losses
 from ddpm.training.loop import Callback, Progress, every, run
 from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState, init
 from ddpm.training.step import TrainStep, make_train_step
@@ -69,7 +71,13 @@ def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
             data.image_shape, given.image_shape, f"--init_from={init_from} is of images"
         )
     with run_folder(workdir):
-        _train(built, data, workdir, given)
+        try:
+            _train(built, data, workdir, given)
+        except OSError as error:
+            raise InputError(
+                f"{error.filename or workdir}: {error.strerror or error}; once that is mended, the "
+                "same command resumes from the last checkpoint"
+            ) from error
 
 
 def _train(built: Experiment, data: Source, workdir: Path, given: weights.Imported | None) -> None:
@@ -83,28 +91,32 @@ def _train(built: Experiment, data: Source, workdir: Path, given: weights.Import
         snapshots.cut(workdir / "averages", int(state.step))
     no_metrics = jax.jit(Metrics.zero, out_shardings=sharding.replicated(mesh))
     progress = Progress(int(state.step), state, no_metrics())
-    logbook = Logbook(workdir, step=progress.step, steps=training.steps)
+    then = f"{config.sampling.num_samples} samples"
+    logbook = Logbook(workdir, step=progress.step, steps=training.steps, then=then)
     _announce(built, data, logbook, progress, given)
     save = _saving(built, data, checkpoints, origin)
-    step, first = _compiled_step(built, mesh), progress.step
-    batch = _batches(built, data, mesh)
+    log = _logging(built, logbook, checkpoints, no_metrics)
+    plot = _plotting(logbook, workdir)
+    first, batch = progress.step, _batches(built, data, mesh)
     try:
         with StopSignal() as stop:
             draw = _drawing(built, mesh, logbook, workdir, stop)
             callbacks = [
                 lambda progress: logbook.advance(),
-                _timing_the_first(logbook, first),
-                every(
-                    training.log_every,
-                    _logging(built, logbook, checkpoints, no_metrics),
-                    last=training.steps,
-                ),
+                every(training.log_every, log, last=training.steps),
                 _keeping_averages(built, workdir, checkpoints),
                 every(training.checkpoint_every, save),
+                every(training.checkpoint_every, plot),
                 _sampling_between(training, logbook, save, draw, stop),
             ]
-            run(progress, step, pipeline.prefetch(batch, first, training.steps), callbacks, stop)
+            batches = pipeline.prefetch(batch, first, training.steps)
+            step, batches = _compiled(_step(built, mesh), progress, batches, workdir)
+            logbook.start_clock(first)
+            run(progress, step, batches, callbacks, stop)
+            if stop.name and int(progress.metrics.steps):
+                log(progress)
             save(progress)
+            plot(progress)
             checkpoints.wait()
             if not stop.name:
                 draw(progress)
@@ -117,6 +129,8 @@ def _train(built: Experiment, data: Source, workdir: Path, given: weights.Import
         logbook.say(
             f"done: step {progress.step}; samples, losses.png and checkpoints are in {workdir}"
         )
+    except NotWritten:
+        raise
     except InputError:  # of a picture that cannot be read, found on the way
         if progress.step > first and jax.process_count() == 1:  # others may be a step ahead by now
             save(progress)
@@ -165,7 +179,7 @@ def resume(checkpoints: Checkpoints, abstract: TrainState, placed: Any) -> Train
     return TrainState(step, **items)
 
 
-def _compiled_step(built: Experiment, mesh: Mesh) -> TrainStep:
+def _step(built: Experiment, mesh: Mesh) -> TrainStep:
     """Returns the training step over the devices: the weights on all of them, the batch split."""
     config, everywhere = built.config, sharding.replicated(mesh)
     split = sharding.split_batch(mesh)
@@ -185,6 +199,19 @@ def _compiled_step(built: Experiment, mesh: Mesh) -> TrainStep:
         out_shardings=everywhere,
         donate_argnums=(0, 1),
     )
+
+
+def _compiled(
+    step: Any, progress: Progress, batches: Iterator[tuple[Any, ...]], workdir: Path
+) -> tuple[TrainStep, Iterator[tuple[Any, ...]]]:
+    """Returns the training step, compiled for these batches, and the batches; both as they are if
+    there are none."""
+    batch = next(batches, None)
+    if batch is None:
+        return step, batches
+    with compiling("the training step", workdir):
+        compiled = step.lower(progress.state, progress.metrics, *batch).compile()
+    return compiled, itertools.chain([batch], batches)
 
 
 def _batches(
@@ -220,14 +247,13 @@ def _announce(
     given: weights.Imported | None,
 ) -> None:
     """Logs what begins, and what of it looks like a mistake."""
-    config, step = built.config, progress.step
+    config, training, step = built.config, built.config.training, progress.step
     shape = "x".join(map(str, data.image_shape))
     begun = "from the start" if given is None else f"from weights {given.sha256[:8]}"
     origin = f"resuming at step {step}" if step else begun
     logbook.say(
-        f"{parameter_count(progress.state.params):,} parameters, {len(data):,} images of {shape}, "
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}; {origin}, "
-        f"to step {config.training.steps}, in {logbook.path.parent}"
+        f"{described(built, logbook.path.parent, progress.state.params, training.batch_size)}; "
+        f"{len(data):,} images of {shape}; {origin}, to step {training.steps}"
     )
     left = float(built.schedule.alpha_bar[-1])
     if left > MUCH_SIGNAL:
@@ -245,19 +271,6 @@ def _announce(
 
 
 # --- Callbacks
-
-
-def _timing_the_first(logbook: Logbook, first: int) -> Callback:
-    """Logs how long compiling took, once the first step is done."""
-    began = time.perf_counter()
-
-    def callback(progress: Progress) -> None:
-        if progress.step == first + 1:
-            jax.block_until_ready(progress.state)
-            logbook.say(f"first step after {time.perf_counter() - began:.1f} s of compiling")
-            logbook.start_clock(progress.step)
-
-    return callback
 
 
 def _logging(
@@ -286,6 +299,16 @@ def _saving(built: Experiment, data: Source, checkpoints: Checkpoints, origin: s
         check_finite(progress.metrics, checkpoints)
         if checkpoints.latest_step() != progress.step:
             checkpoints.save(progress.state, about)
+
+    return callback
+
+
+def _plotting(logbook: Logbook, workdir: Path) -> Callback:
+    """Plots the losses so far."""
+
+    def callback(progress: Progress) -> None:
+        if logbook.speaks:
+            plot_losses(logbook.path, workdir / "losses.png")
 
     return callback
 
@@ -323,34 +346,32 @@ def _sampling_between(
 def _drawing(
     built: Experiment, mesh: Mesh, logbook: Logbook, workdir: Path, stop: StopSignal
 ) -> Callback:
-    """Draws a grid of samples; none if a signal comes between two batches of them."""
+    """Draws a grid of samples; none if a signal comes before the last batch of them."""
     s = built.config.sampling
     learns_schedule = bool(built.objective.schedule_parameters())
 
     @functools.cache
     def fixed_generator() -> Generator:
-        return built.generator(mesh, batch_size=s.batch_size)
+        return built.generator(mesh, s.num_samples)
 
-    def parts(params: Any) -> Iterator[np.ndarray]:
-        """Yields batches of samples; compiled once, unless the schedule is being learned."""
-        generator = fixed_generator() if not learns_schedule else None
-        if generator is None:
-            now = built.with_schedule(jax.device_get(params))
-            generator = now.generator(mesh, batch_size=s.batch_size)
-        return generator.batches(params, s.num_samples, seed=s.seed)
+    def generator(params: Any) -> Generator:
+        """Returns what is compiled once, unless the schedule is being learned."""
+        if not learns_schedule:
+            return fixed_generator()
+        return built.with_schedule(jax.device_get(params)).generator(mesh, s.num_samples)
 
     def callback(progress: Progress) -> None:
-        batches = []
-        for part in parts(progress.state.ema_params if s.ema else progress.state.params):
+        params = progress.state.ema_params if s.ema else progress.state.params
+        batches: list[np.ndarray] = []
+        for part in samples(generator(params), params, s.num_samples, s.seed, workdir):
             batches.append(part)
-            if stop.name:
+            if stop.name and sum(map(len, batches)) < s.num_samples:
                 return
         if not logbook.speaks:
             return
         images = np.concatenate(batches)
         pictures.save_grid(workdir / "samples" / f"step_{progress.step:08}.png", images)
         logbook.image(progress.step, "samples", pictures.grid(images))
-        plot_losses(logbook.path, workdir / "losses.png")
 
     return callback
 
