@@ -192,7 +192,8 @@ def test_what_looks_like_a_mistake_is_reported_at_the_start(tmp_path, capsys, ch
     logbook.close()
     printed = capsys.readouterr().err
     assert said in printed
-    assert "6 parameters, 1,438 images of 8x8x1" in printed
+    assert ": 6 parameters, float32, batch 64, sampler ancestral 20 steps, " in printed
+    assert "1,438 images of 8x8x1; from the start, to step 2400" in printed
     assert printed.count("\n") == 2
 
 

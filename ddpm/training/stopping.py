@@ -27,6 +27,8 @@ _AGAIN_S = 0.1
 _GRACE_S = 2.0  # after a second signal, to remove half-written files
 _END = b"\0"  # no signal's number
 
+_own: list[int] = []  # signals that are no one's request, but one of before again
+
 Hold = Callable[[], contextlib.AbstractContextManager[None]]
 
 
@@ -43,12 +45,20 @@ def heed_ctrl_c() -> None:
     def hook(ignored: Any) -> None:
         if issubclass(ignored.exc_type, KeyboardInterrupt):
             # Later: raised here, it would be ignored as well.
-            threading.Timer(_AGAIN_S, _thread.interrupt_main).start()
+            threading.Timer(_AGAIN_S, _raise_again).start()
         else:
             before(ignored)
 
     hook.heeds_ctrl_c = True  # type: ignore[attr-defined]
     sys.unraisablehook = hook
+
+
+def _raise_again() -> None:
+    _own.append(signal.SIGINT)
+    if hasattr(signal, "pthread_kill"):  # also wakes the main thread where it waits
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 @contextlib.contextmanager
@@ -87,6 +97,9 @@ def _watch(read: int) -> None:
     first = 0.0
     while (number := os.read(read, 1)) != _END:
         if number[0] not in NUMBERS:
+            continue
+        if number[0] in _own:
+            _own.remove(number[0])
             continue
         if not first:
             first = time.monotonic()
