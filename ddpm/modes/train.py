@@ -32,7 +32,7 @@ from ddpm.modes.run_folder import check_run, compiling, described, run_folder
 from ddpm.sampling.generate import Generator
 from ddpm.training import sharding, snapshots
 from ddpm.training.checkpoints import Checkpoints, NotWritten, items_of, saved_meta
-from ddpm.training.logbook import Logbook, plot_losses
+from ddpm.training.logbook import Logbook
 from ddpm.training.loop import Callback, Progress, every, run
 from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState, init
 from ddpm.training.step import TrainStep, make_train_step
@@ -96,7 +96,6 @@ def _train(built: Experiment, data: Source, workdir: Path, given: weights.Import
     _announce(built, data, logbook, progress, given)
     save = _saving(built, data, checkpoints, origin)
     log = _logging(built, logbook, checkpoints, no_metrics)
-    plot = _plotting(logbook, workdir)
     first, batch = progress.step, _batches(built, data, mesh)
     try:
         with StopSignal() as stop:
@@ -106,7 +105,7 @@ def _train(built: Experiment, data: Source, workdir: Path, given: weights.Import
                 every(training.log_every, log, last=training.steps),
                 _keeping_averages(built, workdir, checkpoints),
                 every(training.checkpoint_every, save),
-                every(training.checkpoint_every, plot),
+                every(training.checkpoint_every, lambda progress: logbook.plot()),
                 _sampling_between(training, logbook, save, draw, stop),
             ]
             batches = pipeline.prefetch(batch, first, training.steps)
@@ -116,7 +115,7 @@ def _train(built: Experiment, data: Source, workdir: Path, given: weights.Import
             if stop.name and int(progress.metrics.steps):
                 log(progress)
             save(progress)
-            plot(progress)
+            logbook.plot()
             checkpoints.wait()
             if not stop.name:
                 draw(progress)
@@ -299,16 +298,6 @@ def _saving(built: Experiment, data: Source, checkpoints: Checkpoints, origin: s
         check_finite(progress.metrics, checkpoints)
         if checkpoints.latest_step() != progress.step:
             checkpoints.save(progress.state, about)
-
-    return callback
-
-
-def _plotting(logbook: Logbook, workdir: Path) -> Callback:
-    """Plots the losses so far."""
-
-    def callback(progress: Progress) -> None:
-        if logbook.speaks:
-            plot_losses(logbook.path, workdir / "losses.png")
 
     return callback
 

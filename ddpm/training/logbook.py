@@ -28,6 +28,7 @@ class Logbook:
         self._steps = steps
         self._mark = (step, time.perf_counter())
         self.path = workdir / "metrics.jsonl"
+        self._plotted = -1  # the size of metrics.jsonl when it was
         self.speaks = jax.process_index() == 0
         self._bar = doing(
             "training",
@@ -101,6 +102,12 @@ class Logbook:
             return
         self._board.add_image(name, image, step, dataformats="HWC")
 
+    def plot(self) -> None:
+        """Plots the losses so far as losses.png."""
+        if self.speaks and self.path.stat().st_size != self._plotted:
+            self._plotted = self.path.stat().st_size
+            plot_losses(self.path, self.path.with_name("losses.png"))
+
     def close(self) -> None:
         """Ends the bar and the files."""
         if not self.speaks:
@@ -159,9 +166,9 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5))
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_axes((0.13, 0.1, 0.69, 0.86))
     steps = [row["step"] for row in rows]
     mark = ".-" if len(rows) < FEW_ROWS else "-"  # a line through one row shows nothing
     names = sorted({name for row in rows for name in row if name.startswith("loss_t")})
@@ -172,6 +179,6 @@ def plot_losses(metrics: Path, picture: Path) -> None:
         axes.plot(steps, values, mark, color=color, lw=0.8, label=name[5:])
     axes.plot(steps, [row["loss"] for row in rows], mark, color="black", lw=1.5, label="all t")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
-    figure.legend(title="t", fontsize="small", loc="outside right upper")
+    axes.legend(title="t", fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
     axes.grid(alpha=0.3)
     write_atomically(picture, lambda path: figure.savefig(path, dpi=110, format="png"))
