@@ -16,6 +16,7 @@ _TICK_S = 1.0
 
 _now: list["doing"] = []  # what is being done, the innermost last
 _spoke = time.monotonic()
+_lock = threading.Lock()
 
 
 def say(text: str) -> None:
@@ -63,19 +64,12 @@ class doing:
         self._began = time.monotonic()
         if not self._speaks:
             return self
-        if sys.stderr.isatty():
-            self.bar = tqdm(
-                total=self.total or None,
-                initial=self.done,
-                desc=self.what,
-                unit=self.unit,
-                leave=self._leave,
-                dynamic_ncols=True,
-                smoothing=0.05,
-                bar_format=None if self.total else "{desc}: {elapsed}",
-                file=sys.stderr,
-            )
-        _now.append(self)
+        with _lock:
+            for outer in _now:
+                outer._hide()
+            _now.append(self)
+            if self.total:
+                self._show()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
         self._ticker.start()
         return self
@@ -90,9 +84,10 @@ class doing:
             return
         self._over.set()
         self._ticker.join()
-        _now.remove(self)
-        if self.bar is not None:
-            self.bar.close()
+        with _lock:
+            _now.remove(self)
+            if self.bar is not None:
+                self.bar.close()
 
     def update(self, n: int) -> None:
         """Counts n more as done."""
@@ -106,13 +101,39 @@ class doing:
         if self.bar is not None:
             self.bar.unpause()
 
+    def _show(self) -> None:
+        """Shows the bar, or a clock alone, if there is a terminal."""
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=self.total or None,
+                initial=self.done,
+                desc=self.what,
+                unit=self.unit,
+                leave=self._leave,
+                dynamic_ncols=True,
+                smoothing=0.05,
+                bar_format=None if self.total else "{desc}: {elapsed}",
+                file=sys.stderr,
+            )
+            self.bar.start_t -= time.monotonic() - self._began
+
+    def _hide(self) -> None:
+        """Hides a clock alone, which would stand still."""
+        if not self.total and self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
     def _tick(self) -> None:
         while not self._over.wait(_TICK_S):
-            if self.bar is not None:
-                if _now[-1:] == [self]:
+            with _lock:
+                if _now[-1] is not self:
+                    continue
+                if self.bar is not None:
                     self.bar.refresh()
-            elif _now[-1:] == [self] and time.monotonic() - _spoke >= SILENCE_S:
-                say(self._line())
+                elif sys.stderr.isatty():
+                    self._show()
+                elif time.monotonic() - _spoke >= SILENCE_S:
+                    say(self._line())
 
     def _line(self) -> str:
         since = time.monotonic() - self._began

@@ -264,7 +264,7 @@ def _in_batches(
         return to_uint8(found), jnp.isfinite(found).all()
 
     results = []
-    with doing("editing", total=n, leave=True) as bar:
+    with doing("editing", total=n) as bar:
         for start in range(0, n, size):
             rows = np.minimum(np.arange(start, start + size), n - 1)
             batch = jax.device_put([a[rows] for a in arrays], sharding.split_batch(run.mesh))

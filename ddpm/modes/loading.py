@@ -202,7 +202,7 @@ def draw(
         with compiling("the sampler", workdir):
             generator.compile(params)
     speaks = jax.process_index() == 0
-    with doing("sampling", total=num_samples, leave=True, speaks=speaks) as bar:
+    with doing("sampling", total=num_samples, speaks=speaks) as bar:
         for images in generator.batches(params, num_samples, seed=seed):
             bar.update(len(images))
             yield images
