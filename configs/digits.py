@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     # On images this small 250 steps lose nothing; the samples are even better than by 1000.
     config.diffusion.num_steps = 250
     config.training.update(
-        batch_size=48,
+        times="low_discrepancy",
         learning_rate=3e-3,
         warmup_steps=100,
         ema="warm_up",  # forgets the first weights before the first samples

@@ -114,6 +114,11 @@ def test_run_folder_that_cannot_be_written(tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+def test_an_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    fails(runs.command(tmp_path), f"{tmp_path / 'metrics.jsonl'}: Is a directory", "same command")
+
+
 def test_sampling_without_a_checkpoint(tmp_path):
     fails(runs.command(tmp_path / "run", "--mode=sample"), "no checkpoint in", "train first")
     assert not (tmp_path / "run").exists()

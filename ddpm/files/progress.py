@@ -15,7 +15,8 @@ SILENCE_S = 8.0  # at most, where there is no terminal
 _TICK_S = 1.0
 
 _now: list["doing"] = []  # what is being done, the innermost last
-_spoke = time.monotonic()
+# When something was last printed; at first, about when the process began, for imports take a while.
+_spoke = time.monotonic() - min(time.process_time(), SILENCE_S)
 _lock = threading.Lock()
 
 
