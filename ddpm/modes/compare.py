@@ -22,7 +22,7 @@ from ddpm.evaluation import comparison, distances, features, report
 from ddpm.files.atomic import write_atomically
 from ddpm.files.progress import say
 from ddpm.modes.inputs import with_small_images
-from ddpm.modes.loading import RUN_ON, Run, draw, load_run, with_variance
+from ddpm.modes.loading import RUN_ON, Run, announce, draw, load_run, with_variance
 from ddpm.modes.measures.job import features_of_data, make_extractor
 
 HEADER = ("sampler", "steps", "calls", "Fréchet distance", "s/image")
@@ -84,6 +84,7 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
             data, distances.moments(comparison.blocks(found[: c.num_samples]))
         )
 
+    announce(first, workdir)
     rows: list[Row] = []
     shown: list[np.ndarray] = []
     for entry, run in runs:

@@ -18,7 +18,7 @@ from ddpm.errors import InputError
 from ddpm.files import pictures
 from ddpm.files.progress import doing
 from ddpm.modes.inputs import by, pictures_at
-from ddpm.modes.loading import Run, load_run
+from ddpm.modes.loading import Run, announce, load_run
 from ddpm.sampling import editing
 from ddpm.sampling.sample import sample
 from ddpm.training import sharding
@@ -68,6 +68,7 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> 
             "pictures are edited, with config.sampling.label"
         )
     images = read(run.built.image_shape)
+    announce(run, workdir)
     edited = _TASKS[task](run, images)
     digest = hashlib.sha256(images.tobytes() + str(images.shape).encode()).hexdigest()[:8]
     n, each = edited.results.shape[:2]

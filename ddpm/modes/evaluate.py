@@ -18,7 +18,7 @@ from ddpm.evaluation import report
 from ddpm.files.atomic import write_atomically
 from ddpm.files.progress import doing, say
 from ddpm.modes.inputs import with_small_images
-from ddpm.modes.loading import RUN_ON, load_run
+from ddpm.modes.loading import RUN_ON, announce, load_run
 from ddpm.modes.measures import chains, fidelity, likelihoods
 from ddpm.modes.measures.job import prepare
 
@@ -55,6 +55,7 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     run = run._replace(built=with_small_images(run.built, config.evaluation.num_samples))
     wanted = [part for part in PARTS if part in config.evaluation.parts]
     job = prepare(run, workdir, train, held_out, wanted)
+    announce(run, workdir)
     found: dict[str, Any] = {}
     failed: dict[str, str] = {}
     rows: list[tuple[str, ...]] = []

@@ -110,7 +110,7 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
         params = jax.device_put(found.params, sharding.replicated(mesh))
         origin = f"weights of {init_from}, sha256 {found.sha256[:8]}"
         run = Run(built, params, mesh, None, origin, f"weights_{found.sha256[:8]}")
-        return with_variance(_announced(run, workdir), workdir)
+        return with_variance(run, workdir)
     folder = workdir / "checkpoints"
     saved = saved_meta(folder)
     if saved is None:
@@ -142,14 +142,13 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
         origin = f"step {step}, averaged with width {std:g}, of {average.snapshots} snapshots"
     short = hashlib.sha256(repr(digests).encode()).hexdigest()[:8]
     run = Run(built.with_schedule(params), params, mesh, step, origin, tag, short)
-    return with_variance(_announced(run, workdir), workdir)
+    return with_variance(run, workdir)
 
 
-def _announced(run: Run, workdir: Path) -> Run:
-    """Says the start line of a mode that uses a run, and returns the run."""
+def announce(run: Run, workdir: Path) -> None:
+    """Says the start line of a mode that uses a run, once nothing is left to refuse."""
     batch_size = run.built.config.sampling.batch_size
     say(f"{described(run.built, workdir, run.params, batch_size)}; {run.origin}")
-    return run
 
 
 def with_variance(run: Run, workdir: Path) -> Run:

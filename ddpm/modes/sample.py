@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from ddpm.files import pictures
 from ddpm.modes.inputs import with_small_images
-from ddpm.modes.loading import draw, load_run
+from ddpm.modes.loading import announce, draw, load_run
 from ddpm.modes.run_folder import compiling
 
 GRID_SAMPLES = 100
@@ -29,6 +29,7 @@ def sample(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     run = load_run(config, workdir, "sample", init_from)
     s, image_shape = config.sampling, run.built.image_shape
     run = run._replace(built=with_small_images(run.built, s.num_samples))
+    announce(run, workdir)
     name = run.sample_name(s.seed, s.num_samples)
     generator = run.generator(s.num_samples)
     first: list[np.ndarray] = []
