@@ -9,7 +9,23 @@ from ddpm.config import default
 
 
 def get_config() -> ConfigDict:
-    """Returns the config."""
+    """Returns the config: two thirds of the work of `long`, and samples as good."""
+    config = long()
+    config.model.channels = 24
+    # On images this small 250 steps lose nothing; the samples are even better than by 1000.
+    config.diffusion.num_steps = 250
+    config.training.update(
+        times="low_discrepancy",
+        learning_rate=3e-3,
+        warmup_steps=100,
+        ema="warm_up",  # forgets the first weights before the first samples
+        sample_every=800,
+    )
+    return config
+
+
+def long() -> ConfigDict:
+    """Returns the config that the ablations and the conditional models vary, of T = 1000."""
     config = default()
     config.data.update(name="digits", flip=False)
     # Small images are hidden by less noise than large ones: the linear schedule would spend half of

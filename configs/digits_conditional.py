@@ -10,6 +10,6 @@ from configs import digits
 
 def get_config() -> ConfigDict:
     """Returns the config."""
-    config = digits.get_config()
+    config = digits.long()
     config.model.num_classes = 10
     return config

@@ -13,7 +13,7 @@ from configs import digits
 
 def get_config() -> ConfigDict:
     """Returns the config."""
-    config = digits.get_config()
+    config = digits.long()
     config.model.low_resolution = 4
     # A base model's samples differ a little from data: noise hides the difference.
     config.training.low_resolution_noise = 0.3

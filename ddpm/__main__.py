@@ -1,6 +1,7 @@
 """The command, where the library is installed: python -m ddpm --config=digits"""
 
 import os
+import signal
 import sys
 
 if __name__ == "__main__":
@@ -14,6 +15,20 @@ if __name__ == "__main__":
     if sys.path[0] == folder:  # started by its path: what is here must not hide other packages
         sys.path[0] = os.path.dirname(folder)
 
+    def stopped(*_: object) -> None:
+        os.write(2, b"error: stopped\n")
+        os._exit(130)
+
+    # While JAX is imported, which an exception from a handler would crash: nothing is lost yet.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, stopped)
+
     from ddpm.cli import run
 
-    sys.exit(run(sys.argv))
+    code = run(sys.argv)
+    if code:  # what was stopped anywhere may crash, or print tracebacks, as the interpreter ends
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

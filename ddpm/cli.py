@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from absl import logging as absl_logging
 
@@ -20,6 +21,8 @@ from ddpm.build.checks import validate
 from ddpm.config import nearest
 from ddpm.config.command import CONFIGS, config_file, names, overrides, parse
 from ddpm.errors import InputError, NotFinite, first_line, out_of_memory, path_error
+from ddpm.files.progress import doing, say
+from ddpm.training.stopping import STOPPED, Hold, answered
 
 COMMAND = Path(__file__).parent / "__main__.py"
 DEFAULT_CONFIG = CONFIGS / "digits.py"
@@ -31,7 +34,7 @@ keys of a config, with their meaning and the paper's values: ddpm/config/keys.py
 
 Configs by name, or files of your own:
 """
-WRONG, STOPPED = 2, 130  # exit codes, in addition to NotFinite's
+WRONG = 2  # an exit code, in addition to NotFinite's and STOPPED
 
 # mode -> how its module, ddpm.modes.<mode>, is called with the flags, the run folder and argv. The
 # module is imported late: a wrong flag should not wait for Orbax and others.
@@ -53,9 +56,15 @@ WITH_OUT = ("export", "sample", "edit", "compare", "evaluate")
 def run(argv: Sequence[str]) -> int:
     """Runs the command argv[1:] and returns its exit code.
 
-    What the user can mend, an OSError of a path included, is one line on standard error, and code
-    2; a loss that is not finite is code 3, Ctrl-C before there is something to save 130.
+    What the user can mend, an OSError of a file included, is one line on standard error, and code
+    2; a loss that is not finite is code 3. Ctrl-C, SIGTERM and SIGHUP are 0 where training was
+    saved, 130 where there was nothing to save, and for the second time.
     """
+    with answered() as hold:
+        return _run(argv, hold)
+
+
+def _run(argv: Sequence[str], hold: Hold) -> int:
     try:
         if {"--help", "-help", "--helpfull", "-h"} & set(argv[1:]):
             known = textwrap.fill(
@@ -66,19 +75,20 @@ def run(argv: Sequence[str]) -> int:
         given = _read(argv)
         with _progress_on_stderr():
             _set_up(given.distributed)
-            mode = importlib.import_module(f"ddpm.modes.{given.mode}")
-            try:
-                MODES[given.mode](mode, given, _workdir(given, argv), argv)
-            except Exception as error:
-                found = out_of_memory(error, _batch_sizes(given))
-                if found is None:
-                    raise
-                raise found from error
+            speaks = not given.distributed or jax.process_index() == 0
+            with doing(f"--mode={given.mode}", speaks=speaks):
+                with hold():  # an exception from a handler would crash what is imported
+                    mode = importlib.import_module(f"ddpm.modes.{given.mode}")
+                try:
+                    MODES[given.mode](mode, given, _workdir(given, argv), argv)
+                except Exception as error:
+                    found = out_of_memory(error, _batch_sizes(given))
+                    if found is None:
+                        raise
+                    raise found from error
     except InputError as error:
         return fail(str(error), WRONG)
-    except OSError as error:
-        if error.filename is None:
-            raise
+    except OSError as error:  # a full disk, a file that may not be written
         return fail(str(path_error(error)), WRONG)
     except NotFinite as error:
         return fail(str(error), NotFinite.EXIT_CODE)
@@ -200,33 +210,40 @@ def _workdir(given: Any, argv: Sequence[str]) -> Path:
 @contextlib.contextmanager
 def _progress_on_stderr() -> Iterator[None]:
     """Shows what the library logs, while the command runs."""
-    logger, handler = logging.getLogger("ddpm"), logging.StreamHandler()
+    logger, handler = logging.getLogger("ddpm"), logging.Handler()
+    handler.emit = lambda record: say(handler.format(record))  # type: ignore[method-assign]
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    hook = sys.unraisablehook
+
+    def without_noise(ignored: Any) -> None:
+        # What TensorStore has to say, hundreds of times, of writes that failed, which is raised.
+        if str(ignored.exc_value) != "Event loop is closed":
+            hook(ignored)
+
+    sys.unraisablehook = without_noise
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         logger.removeHandler(handler)
         logger.level, logger.propagate = before
 
 
 def _set_up(distributed: str) -> None:
-    """Sets up JAX, signals and, with `distributed`, several processes as one."""
-    from ddpm.training.stopping import heed_ctrl_c
-
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every file
+    """Sets up JAX and, with `distributed`, several processes as one."""
+    # Orbax logs every file; its errors, and those of its tasks, are raised as well.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     backend.configure()
-    heed_ctrl_c()
     if distributed:
         join(distributed)
 
 
 def join(where: str) -> None:
     """Makes several processes one computation; InputError for processes that cannot be found."""
-    import jax
-
     flag = f"--distributed={where}"
     if where == "auto":
         try:

@@ -21,6 +21,10 @@ def first_line(error: BaseException) -> str:
 
 def path_error(error: OSError) -> InputError:
     """Returns the error of a file or folder as the one for the user: where, why, and what to do."""
+    if error.filename is None:
+        return InputError(
+            f"a file cannot be written or read: {error.strerror or first_line(error)}"
+        )
     path = Path(os.fsdecode(error.filename2 or error.filename))
     advice = "choose another --workdir, or --out"
     if isinstance(error, FileExistsError | NotADirectoryError):

@@ -12,7 +12,7 @@ from PIL import Image
 from configs import digits
 from ddpm.build.experiment import build
 from ddpm.data import sources
-from ddpm.modes import train
+from ddpm.modes import start
 from ddpm.training.logbook import Logbook
 from ddpm.training.loop import Progress
 from ddpm.training.state import TrainState
@@ -29,8 +29,8 @@ def fails(arguments, *said, code=2):
         assert words in lines[0]
 
 
-def contents(folder):
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def contents(folder, but=""):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != but}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,11 @@ def test_run_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     fails(runs.command(tmp_path / "file" / "run"), "cannot be written", "--workdir")
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_an_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    fails(runs.command(tmp_path), f"{tmp_path / 'metrics.jsonl'}: Is a directory", "same command")
 
 
 def test_sampling_without_a_checkpoint(tmp_path):
@@ -198,12 +203,13 @@ def test_what_looks_like_a_mistake_is_reported_at_the_start(tmp_path, capsys, ch
     data = sources.digits("train")
     logbook = Logbook(tmp_path, step=0, steps=8)
     state = TrainState(0, {"kernel": np.zeros((2, 3))}, None, None)
-    train._announce(build(config, (8, 8, 1)), data, logbook, Progress(0, state, None), None)
+    start.announce(build(config, (8, 8, 1)), data, logbook, Progress(0, state, None), None)
     logbook.close()
     printed = capsys.readouterr().err
     assert said in printed
-    assert "6 parameters, 1,438 images of 8x8x1" in printed
-    assert printed.count("\n") == 1 + bool(said)
+    assert ": 6 parameters, float32, batch 64, sampler ancestral 20 steps, " in printed
+    assert "1,438 images of 8x8x1; from the start, to step 2400" in printed
+    assert printed.count("\n") == 2 + bool(said)
 
 
 def test_compiled_programs_are_kept_and_reported_once(tmp_path, monkeypatch):

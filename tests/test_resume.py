@@ -12,6 +12,7 @@ from PIL import Image
 
 from configs import digits
 from ddpm.modes.train import train
+from ddpm.training import logbook, stopping
 from tests import runs
 
 KILLS = int(os.environ.get("DDPM_KILLS", "3"))
@@ -68,7 +69,7 @@ def test_killed_at_random_moments_ends_in_the_same_weights(uninterrupted, tmp_pa
     assert_same(workdir, uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_signal_to_stop_saves_and_the_same_command_resumes(uninterrupted, tmp_path, number):
     many = runs.command(tmp_path, training__steps=100_000, training__checkpoint_every=100_000)
     process = runs.start(many)
@@ -77,15 +78,19 @@ def test_a_signal_to_stop_saves_and_the_same_command_resumes(uninterrupted, tmp_
     process.send_signal(number)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
+    assert stopping.ANSWER in said.splitlines()
     last = said.splitlines()[-1]
     assert last.startswith(f"{signal.Signals(number).name}: saved at step ")
     stopped = int(last.split("saved at step ")[1].split()[0])
     step, _ = runs.final_state(tmp_path)
     assert step == stopped >= 4
+    assert json.loads(metrics.read_text().splitlines()[-1])["step"] == stopped
+    assert (tmp_path / "losses.png").stat().st_size > 5000
 
     done = runs.run(runs.command(tmp_path, training__steps=stopped + 2))
     assert done.returncode == 0, done.stderr
     assert f"resuming at step {stopped}" in done.stderr
+    assert "compiling the training step (" in done.stderr  # by the time it took before
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == sorted(set(steps))
     assert steps[-1] == stopped + 2
@@ -147,9 +152,19 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path):
     assert process.returncode == 0, said
 
 
-def test_truncated_checkpoint_falls_back_and_ends_in_the_same_weights(uninterrupted, tmp_path):
+def test_truncated_checkpoint_falls_back_and_ends_in_the_same_weights(
+    uninterrupted, tmp_path, monkeypatch
+):
+    plotted, plot = [], logbook.plot_losses
+
+    def spy(metrics, picture):
+        plotted.append(logbook.read_metrics(metrics)[-1]["step"])
+        plot(metrics, picture)
+
+    monkeypatch.setattr(logbook, "plot_losses", spy)
     done = runs.run(runs.command(tmp_path, training__steps=6))
     assert done.returncode == 0, done.stderr
+    assert plotted == [2, 4, 6]  # at every checkpoint
     # All of them: Orbax leaves some there that it has merged into others and reads no more.
     for file in (tmp_path / "checkpoints" / "6" / "params").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])

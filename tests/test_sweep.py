@@ -1,10 +1,7 @@
 """The real `main.py --mode=sweep`, and on a stand-in for main.py what becomes of runs that fail."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -13,7 +10,8 @@ from ddpm.config import to_json
 from ddpm.config.command import overrides as overrides_of
 from ddpm.errors import InputError
 from ddpm.modes import sweep
-from tests.runs import ROOT, command, environment, process, run
+from ddpm.training.stopping import ANSWER, NUMBERS, answered
+from tests.runs import ROOT, command, process, run
 
 # ml_collections reads config files in a way that Python will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -233,28 +231,29 @@ def test_a_run_that_fails_ends_the_sweep(tmp_path, code):
     assert not (tmp_path / "runs" / "digits_seed1").exists()
 
 
-def test_sigterm_is_handed_on(tmp_path):
-    """The run that is under way saves and ends by itself, and no other begins."""
+@pytest.mark.parametrize("number", NUMBERS)
+def test_signals_are_handed_on(tmp_path, capsys, number):
+    """The run that is under way saves and ends by itself, and no other begins. It alone answers,
+    and gets a signal once, in a group of its own."""
     script = stand_in(
         tmp_path,
-        "def end(*_):\n    time.sleep(0.5); (folder / 'saved').touch(); sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, end); (folder / 'up').touch(); time.sleep(60)",
+        "import os\ncame, number = [], int(os.environ['NUMBER'])\n"
+        "signal.signal(number, lambda *_: came.append(1))\n"
+        "os.kill(os.getppid(), number)\n"
+        "for _ in range(6000):\n    came or time.sleep(0.01)\n"
+        "time.sleep(0.3)\n"
+        "assert len(came) == 1 and os.getpgid(0) != os.getpgid(os.getppid())\n"
+        "(folder / 'saved').touch()",
     )
-    program = (
-        "import pathlib, sys; from ddpm.modes import sweep\n"
-        f"rows = sweep.entries(['configs/digits.py'], [])\n"
-        f"sweep.sweep(rows, [0, 1], pathlib.Path({str(tmp_path / 'runs')!r}), {str(script)!r})"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment(), stderr=subprocess.PIPE
-    )
-    folder = tmp_path / "runs" / "digits_seed0"
-    for _ in range(600):
-        if (folder / "up").exists():
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert (folder / "saved").exists(), said
-    assert b"KeyboardInterrupt" in said
+
+    def stopped():
+        with answered():
+            sweep.sweep(one_entry(), [0, 1], tmp_path / "runs", script)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUMBER", str(int(number)))
+        with pytest.raises(KeyboardInterrupt):
+            stopped()
+    assert (tmp_path / "runs" / "digits_seed0" / "saved").exists()
     assert not (tmp_path / "runs" / "digits_seed1").exists()
+    assert ANSWER not in capsys.readouterr().err

@@ -34,4 +34,4 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def get_config(name: str = "") -> ConfigDict:
     """Returns the config of that name."""
-    return variant(digits.get_config(), VARIANTS, name)
+    return variant(digits.long(), VARIANTS, name)

@@ -3,7 +3,7 @@
     python main.py --config=configs/ablations/table2.py:eps_mse
 
 The rows differ in prediction, loss and reverse variance, in the paper's order; all else is as in
-configs/digits.py. The authors' bound is the mean of its T terms, this library's their sum:
+`long` of configs/digits.py. The authors' bound is the mean of its T terms, ours their sum:
 clipping the gradient at T times the norm makes the training equal (Adam ignores the scale). The
 evaluation omits the flow, which mean prediction does not have.
 """
@@ -30,6 +30,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def get_config(name: str = "") -> ConfigDict:
     """Returns the config of that name."""
-    config = variant(digits.get_config(), VARIANTS, name)
+    config = variant(digits.long(), VARIANTS, name)
     config.evaluation.parts = WITHOUT_FLOW
     return config

@@ -35,4 +35,4 @@ VARIANTS |= {name: _V | {"training.loss": name} for name in ("l1", "huber")}
 
 def get_config(name: str = "") -> ConfigDict:
     """Returns the config of that name."""
-    return variant(digits.get_config(), VARIANTS, name)
+    return variant(digits.long(), VARIANTS, name)

@@ -168,8 +168,10 @@ class Experiment(NamedTuple):
             return None
         return averaged(x_0, conditioning.small_size(self.config, self.image_shape))
 
-    def generator(self, mesh: Mesh, *, batch_size: int) -> Generator:
-        """Returns the generator of samples; its batch size is rounded up to divide over devices."""
+    def generator(self, mesh: Mesh, num_samples: int) -> Generator:
+        """Returns the generator for num_samples, which caps config.sampling.batch_size; a batch is
+        rounded up to divide over the devices."""
+        batch_size = min(self.config.sampling.batch_size, num_samples)
         return Generator(
             self.schedule,
             self.steered_denoiser,

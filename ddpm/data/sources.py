@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from ddpm.data import cache
 from ddpm.errors import InputError
+from ddpm.files.progress import doing
 
 MEMORY_BUDGET = 4 * 2**30  # bytes of decoded images; a larger set is decoded at each use
 _BLOCK = 512  # images decoded between two writes to the cache
@@ -196,8 +196,8 @@ def _memory_mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
 
 
 def in_blocks(n: int, name: str) -> Iterator[np.ndarray]:
-    """Yields range(n) in blocks, with a bar on a terminal."""
-    with tqdm(total=n, desc=f"decoding {name}", unit="image", leave=False, disable=None) as bar:
+    """Yields range(n) in blocks, and shows how far it is."""
+    with doing(f"decoding {name}", total=n) as bar:
         for start in range(0, n, _BLOCK):
             indices = np.arange(start, min(start + _BLOCK, n))
             yield indices

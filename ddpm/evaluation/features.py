@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from ddpm.data import cache
 from ddpm.data.images import check_image_shape
@@ -22,6 +21,7 @@ from ddpm.evaluation.classifier import Classifier
 from ddpm.evaluation.inception import Inception, preprocess
 from ddpm.evaluation.inception_weights import load_inception
 from ddpm.evaluation.shipped import SHIPPED, load_classifier
+from ddpm.files.progress import doing
 from ddpm.training import sharding
 
 
@@ -111,9 +111,7 @@ def of_source(extractor: Extractor, source: Source, about: Mapping[str, Any]) ->
     key = {"data": dict(about), "images": len(source), "digest": digest, **extractor.network.key}
 
     def blocks() -> Iterator[cache.Arrays]:
-        with tqdm(
-            total=len(source), desc="features", unit="image", leave=False, disable=None
-        ) as bar:
+        with doing("features", total=len(source)) as bar:
             for batch in evaluation_batches(source, extractor.batch_size):
                 found = extractor(batch.examples.image[batch.mask])
                 yield {"vectors": found.vectors, "probabilities": found.probabilities}

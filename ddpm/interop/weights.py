@@ -2,7 +2,7 @@
 
 found = weights.load("google/ddpm-ema-cifar10-32")
 built = build(found.config, found.image_shape)
-samples = built.generator(mesh, batch_size=64).samples(found.params, 64, seed=0)
+samples = built.generator(mesh, 64).samples(found.params, 64, seed=0)
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from ddpm.build.network import check_model
 from ddpm.config import default, with_settings
 from ddpm.errors import InputError, first_line, path_error
 from ddpm.files.atomic import write_atomically
+from ddpm.files.progress import say
 from ddpm.files.tensors import READERS, Tensors, read_tensors, sha256
 from ddpm.interop import settings
 from ddpm.interop.tensor_names import is_authors, to_params, to_tensors
-from ddpm.training.logbook import say
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

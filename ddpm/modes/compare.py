@@ -20,12 +20,12 @@ from ddpm.data.images import check_image_shape
 from ddpm.errors import InputError
 from ddpm.evaluation import comparison, distances, features, report
 from ddpm.files.atomic import check_writable, write_atomically
+from ddpm.files.progress import say
 from ddpm.modes.inputs import with_small_images
-from ddpm.modes.loading import RUN_ON, Run, draw, load_run, with_variance
+from ddpm.modes.loading import RUN_ON, Run, announce, draw, load_run, with_variance
 from ddpm.modes.measures.about import about_run
 from ddpm.modes.measures.fidelity import NAMES
 from ddpm.modes.measures.job import features_of_data, make_extractor
-from ddpm.training.logbook import say
 
 HEADER = ("sampler", "steps", "calls", NAMES["frechet_distance"], "s/image ↓")
 SHOWN = 16  # samples of each entry in the picture
@@ -89,6 +89,7 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "", out: str = "
             data, distances.moments(comparison.blocks(found[: c.num_samples]))
         )
 
+    announce(first, workdir)
     rows: list[Row] = []
     shown: list[np.ndarray] = []
     samplers: list[tuple[str, Experiment]] = []
@@ -101,7 +102,7 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "", out: str = "
 
         def timed(run: Run = run, clock: Any = clock, kept: Any = kept, of: Any = generator) -> Any:
             began = time.perf_counter()
-            for images in draw(run, of, c.num_samples, c.seed):
+            for images in draw(of, run.params, c.num_samples, c.seed, workdir):
                 clock.append(time.perf_counter() - began)
                 kept.append(images[: max(0, SHOWN - sum(map(len, kept)))])
                 yield images

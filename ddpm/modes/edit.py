@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from ddpm.config import TASKS, with_settings
 from ddpm.data.images import read_image
@@ -18,8 +17,9 @@ from ddpm.diffusion.streams import sample_keys
 from ddpm.errors import InputError
 from ddpm.files import pictures
 from ddpm.files.atomic import check_writable
+from ddpm.files.progress import doing
 from ddpm.modes.inputs import by, pictures_at
-from ddpm.modes.loading import Run, load_run
+from ddpm.modes.loading import Run, announce, load_run
 from ddpm.sampling import editing
 from ddpm.sampling.sample import sample
 from ddpm.training import sharding
@@ -71,6 +71,7 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "", out
     folder = Path(out).expanduser() if out else workdir / "edits"
     check_writable(folder)
     images = read(run.built.image_shape)
+    announce(run, workdir)
     edited = _TASKS[task](run, images)
     digest = hashlib.sha256(images.tobytes() + str(images.shape).encode()).hexdigest()[:8]
     n, each = edited.results.shape[:2]
@@ -270,7 +271,7 @@ def _in_batches(
         return to_uint8(found), jnp.isfinite(found).all()
 
     results = []
-    with tqdm(total=n, desc="editing", unit="image", disable=None) as bar:
+    with doing("editing", total=n) as bar:
         for start in range(0, n, size):
             rows = np.minimum(np.arange(start, start + size), n - 1)
             batch = jax.device_put([a[rows] for a in arrays], sharding.split_batch(run.mesh))

@@ -16,12 +16,12 @@ from ddpm.data.images import check_image_shape
 from ddpm.errors import InputError
 from ddpm.evaluation import report
 from ddpm.files.atomic import check_writable, write_atomically
+from ddpm.files.progress import doing, say
 from ddpm.modes.inputs import with_small_images
-from ddpm.modes.loading import RUN_ON, load_run
+from ddpm.modes.loading import RUN_ON, announce, load_run
 from ddpm.modes.measures import chains, fidelity, likelihoods
 from ddpm.modes.measures.about import about_run, sample_grid
 from ddpm.modes.measures.job import prepare
-from ddpm.training.logbook import say
 
 FAILED = "failed"  # in evaluation.json: the reason, by part
 HEADER = ("figure", "of", "value", "how")
@@ -59,6 +59,7 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "", out: str = 
     folder = Path(out).expanduser() if out else workdir
     check_writable(folder, "evaluation.json", "report.html")
     job = prepare(run, folder / "samples", train, held_out, wanted)
+    announce(run, workdir)
     found: dict[str, Any] = {}
     failed: dict[str, str] = {}
     rows: list[tuple[str, ...]] = []
@@ -66,7 +67,8 @@ def evaluate(config: ConfigDict, workdir: Path, init_from: str = "", out: str = 
     for part in wanted:
         say(f"{part} ..")
         try:
-            measured = _MEASURES[part](job)
+            with doing(part):
+                measured = _MEASURES[part](job)
         except ValueError as error:
             failed[part] = str(error)
             say(f"{part}: {error}")

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from ddpm.build.data import source as data_source
 from ddpm.build.experiment import Experiment, build
@@ -24,11 +23,12 @@ from ddpm.diffusion.analytic import second_moments
 from ddpm.diffusion.pixels import to_float
 from ddpm.errors import InputError, first_line
 from ddpm.files.atomic import write_atomically
+from ddpm.files.progress import doing, say
 from ddpm.interop import weights
+from ddpm.modes.run_folder import compiling, described
 from ddpm.sampling.generate import Generator
 from ddpm.training import sharding, snapshots
 from ddpm.training.checkpoints import Checkpoints, digest, saved_meta
-from ddpm.training.logbook import say
 from ddpm.version import __version__
 
 RUN_ON = "the run is on images of"
@@ -53,8 +53,7 @@ class Run(NamedTuple):
 
     def generator(self, num_samples: int) -> Generator:
         """Returns the generator for num_samples, which caps the batch size of config.sampling."""
-        batch_size = min(self.built.config.sampling.batch_size, num_samples)
-        return self.built.generator(self.mesh, batch_size=batch_size)
+        return self.built.generator(self.mesh, num_samples)
 
     def sample_name(self, seed: int, num_samples: int) -> str:
         """Returns the file name of samples, with all settings that they depend on."""
@@ -166,6 +165,12 @@ def load_run(config: ConfigDict, workdir: Path, mode: str, init_from: str = "") 
     return with_variance(run, workdir)
 
 
+def announce(run: Run, workdir: Path) -> None:
+    """Says the start line of a mode that uses a run, once nothing is left to refuse."""
+    batch_size = run.built.config.sampling.batch_size
+    say(f"{described(run.built, workdir, run.params, batch_size)}; {run.origin}")
+
+
 def with_variance(run: Run, workdir: Path) -> Run:
     """Returns the run with the moments for variance 'analytic', from its folder or measured now."""
     config = run.built.config
@@ -211,9 +216,15 @@ def with_variance(run: Run, workdir: Path) -> Run:
     return run._replace(built=run.built._replace(moments=jnp.asarray(moments)))
 
 
-def draw(run: Run, generator: Generator, num_samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yields batches of samples, with a progress bar on a terminal."""
-    with tqdm(total=num_samples, desc="sampling", unit="image", disable=None) as bar:
-        for images in generator.batches(run.params, num_samples, seed=seed):
+def draw(
+    generator: Generator, params: Any, num_samples: int, seed: int, workdir: Path
+) -> Iterator[np.ndarray]:
+    """Yields batches of samples, and shows how far it is, compiling included."""
+    if not generator.compiled:
+        with compiling("the sampler", workdir):
+            generator.compile(params)
+    speaks = jax.process_index() == 0
+    with doing("sampling", total=num_samples, speaks=speaks) as bar:
+        for images in generator.batches(params, num_samples, seed=seed):
             bar.update(len(images))
             yield images

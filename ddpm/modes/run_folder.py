@@ -1,19 +1,25 @@
-"""The run folder of a training: whose run is in it, and a lock against a second one."""
+"""The run folder: whose run is in it, a lock against a second training, and the time that
+compiling took."""
 
 import contextlib
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from ddpm.build.experiment import Experiment
 from ddpm.config.same_run import check_same_run
 from ddpm.data.images import check_image_shape
 from ddpm.data.sources import Source
 from ddpm.errors import InputError
-from ddpm.files.atomic import check_writable
-from ddpm.training.checkpoints import saved_meta
-from ddpm.training.logbook import say
+from ddpm.files.atomic import check_writable, write_atomically
+from ddpm.files.progress import doing, say
+from ddpm.training import memory
+from ddpm.training.checkpoints import parameter_count, saved_meta
 
 
 def check_run(config: ConfigDict, workdir: Path, source: Source | None = None) -> None:
@@ -42,6 +48,23 @@ def check_run(config: ConfigDict, workdir: Path, source: Source | None = None) -
         say(f"changed since the last checkpoint: {'; '.join(changed)}")
 
 
+def described(built: Experiment, workdir: Path, params: Any, batch_size: int) -> str:
+    """Returns the start line of a command: run, network, batch, sampler, devices, memory."""
+    s = built.config.sampling
+    steps = "" if built.sampler.adaptive else f" {len(built.times) - 1} steps"
+    device = jax.local_devices()[0]
+    there = memory.memory(device)
+    parts = [
+        f"run {workdir}: {parameter_count(params):,} parameters",
+        built.config.model.dtype,
+        f"batch {batch_size}",
+        f"sampler {s.sampler}{steps}",
+        f"{jax.device_count()} x {device.device_kind}"
+        + (f" with {there.total / 2**30:.0f} GiB" if there else ""),
+    ]
+    return ", ".join(parts)
+
+
 @contextlib.contextmanager
 def run_folder(workdir: Path) -> Iterator[None]:
     """Makes the folder if need be and locks it; OSError if what a training writes there cannot be
@@ -62,3 +85,23 @@ def run_folder(workdir: Path) -> Iterator[None]:
             except (ImportError, OSError):
                 pass  # a system, or a network's file system, without locks
         yield
+
+
+@contextlib.contextmanager
+def compiling(what: str, workdir: Path) -> Iterator[None]:
+    """Says that `what` is being compiled, before and while it is, with the time it took the last
+    time in this run folder."""
+    speaks, path = jax.process_index() == 0, workdir / "compile_seconds.json"
+    known: dict[str, float] = {}
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):  # damaged
+        known = {str(name): float(s) for name, s in json.loads(path.read_text()).items()}
+    if speaks:
+        before = f" ({known[what]:.1f} s the last time)" if what in known else ""
+        say(f"compiling {what}{before} ..")
+    began = time.perf_counter()
+    with doing(f"compiling {what}", speaks=speaks):
+        yield
+    if speaks:
+        known[what] = round(time.perf_counter() - began, 1)
+        with contextlib.suppress(OSError):
+            write_atomically(path, lambda p: p.write_text(json.dumps(known) + "\n"))

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 from ddpm.files import pictures
 from ddpm.files.atomic import check_writable
 from ddpm.modes.inputs import with_small_images
-from ddpm.modes.loading import draw, load_run
+from ddpm.modes.loading import announce, draw, load_run
+from ddpm.modes.run_folder import compiling
 
 GRID_SAMPLES = 100
 CHAIN_SAMPLES = 25
@@ -30,6 +31,7 @@ def sample(config: ConfigDict, workdir: Path, init_from: str = "", out: str = ""
     run = load_run(config, workdir, "sample", init_from)
     s, image_shape = config.sampling, run.built.image_shape
     run = run._replace(built=with_small_images(run.built, s.num_samples))
+    announce(run, workdir)
     name = run.sample_name(s.seed, s.num_samples)
     files = [f"{name}.{suffix}" for suffix in ("npz", "png", "gif", *(["mp4"] if s.mp4 else []))]
     folder = Path(out).expanduser() if out else workdir / "samples"
@@ -38,7 +40,7 @@ def sample(config: ConfigDict, workdir: Path, init_from: str = "", out: str = ""
     first: list[np.ndarray] = []
 
     def batches() -> Iterator[np.ndarray]:
-        for images in draw(run, generator, s.num_samples, s.seed):
+        for images in draw(generator, run.params, s.num_samples, s.seed, workdir):
             if sum(map(len, first)) < GRID_SAMPLES:
                 first.append(images)
             yield images
@@ -46,9 +48,9 @@ def sample(config: ConfigDict, workdir: Path, init_from: str = "", out: str = ""
     about = run.provenance(s.seed)
     pictures.save_npz(folder / files[0], batches(), (s.num_samples, *image_shape), about=about)
     pictures.save_grid(folder / files[1], np.concatenate(first)[:GRID_SAMPLES], about=about)
-    frames = generator.chain(
-        run.params, min(CHAIN_SAMPLES, s.num_samples), seed=s.seed, snapshots=CHAIN_FRAMES
-    )
+    few = min(CHAIN_SAMPLES, s.num_samples)
+    with compiling(f"and drawing the chain of {few} samples", workdir):
+        frames = generator.chain(run.params, few, seed=s.seed, snapshots=CHAIN_FRAMES)
     pictures.save_gif(folder / files[2], frames)
     if s.mp4:
         pictures.save_mp4(folder / files[3], frames)

@@ -8,10 +8,9 @@ import contextlib
 import datetime
 import importlib.util
 import json
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +26,12 @@ from ddpm.config.same_run import check_same_run
 from ddpm.errors import InputError, NotFinite
 from ddpm.evaluation import report
 from ddpm.files.atomic import check_writable, write_atomically
+from ddpm.files.progress import say
 from ddpm.modes.evaluate import FAILED
 from ddpm.modes.measures.job import check_parts
 from ddpm.modes.measures.likelihoods import DEQUANTISED
 from ddpm.training.checkpoints import saved_meta
-from ddpm.training.logbook import say
+from ddpm.training.stopping import STOPPED, handed_on
 
 DIVERGED = "diverged"
 
@@ -140,26 +140,13 @@ def _check_folder(workdir: Path, config: ConfigDict) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    """Returns the exit code of a process that also gets Ctrl-C and SIGTERM, and ends by itself."""
-    with subprocess.Popen(arguments) as process, _handed_on(process):
-        while True:
-            try:
-                code = process.wait()
-                break
-            except KeyboardInterrupt:
-                pass  # the terminal sends Ctrl-C to the child as well
-    if code < 0 or code == 130:
+    """Returns the exit code of a process that gets the signals to stop, and answers them."""
+    # In a group of its own, or a terminal's Ctrl-C would come to it twice.
+    with subprocess.Popen(arguments, process_group=0) as process, handed_on(process):
+        code = process.wait()
+    if code < 0 or code == STOPPED:
         raise KeyboardInterrupt
     return code
-
-
-@contextlib.contextmanager
-def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:

@@ -3,8 +3,7 @@ from the last checkpoint, and ends in the same weights bit for bit."""
 
 import functools
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +14,35 @@ from ml_collections import ConfigDict
 
 from ddpm.build.data import check_labels, source
 from ddpm.build.experiment import Experiment, build
-from ddpm.build.objective import weight_at_end
 from ddpm.config import to_json
 from ddpm.config.combinations import check_steering
 from ddpm.data import pipeline
 from ddpm.data.images import check_image_shape
 from ddpm.data.sources import Source
-from ddpm.errors import InputError, NotFinite
+from ddpm.errors import InputError, NotFinite, path_error
 from ddpm.files import pictures
 from ddpm.files.atomic import write_atomically
 from ddpm.interop import weights
 from ddpm.modes.capacity import check_memory
 from ddpm.modes.inputs import with_small_images
+from ddpm.modes.loading import draw as samples
 from ddpm.modes.run_folder import check_run, run_folder
+from ddpm.modes.start import (
+    announce,
+    batches_of,
+    compiled_step,
+    first_state,
+    jitted_start,
+    jitted_step,
+)
 from ddpm.sampling.generate import Generator
 from ddpm.training import sharding, snapshots
-from ddpm.training.checkpoints import Checkpoints, items_of, parameter_count, saved_meta
-from ddpm.training.logbook import Logbook, plot_losses, say
+from ddpm.training.checkpoints import Checkpoints, NotWritten, saved_meta
+from ddpm.training.logbook import Logbook
 from ddpm.training.loop import Callback, Progress, every, run
-from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState, init
-from ddpm.training.step import TrainStep, make_train_step
+from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState
+from ddpm.training.step import TrainStep
 from ddpm.training.stopping import StopSignal
-
-MUCH_WEIGHT = 1e4  # of an error at t = T, in units of the median, that is worth a warning
-MUCH_SIGNAL = 0.05  # alpha_bar_T that is; 4e-5 in the paper, and in VDM 0.0067
 
 
 def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
@@ -70,10 +74,15 @@ def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
             data.image_shape, given.image_shape, f"--init_from={init_from} is of images"
         )
     mesh = sharding.data_mesh()
-    start, step = _jitted_start(built, mesh), _jitted_step(built, mesh)
+    start, step = jitted_start(built, mesh), jitted_step(built, mesh)
     check_memory(built, mesh, start, step)
     with run_folder(workdir):
-        _train(built, data, workdir, given, mesh, start, step)
+        try:
+            _train(built, data, workdir, given, mesh, start, step)
+        except OSError as error:
+            raise InputError(
+                f"{path_error(error)}; then the same command resumes from the last checkpoint"
+            ) from error
 
 
 def _train(
@@ -87,34 +96,38 @@ def _train(
 ) -> None:
     config, training = built.config, built.config.training
     checkpoints = Checkpoints(workdir / "checkpoints", keep=training.checkpoints_kept)
-    state, origin = _first_state(start, checkpoints, mesh, given)
+    state, origin = first_state(start, checkpoints, mesh, given)
     if jax.process_index() == 0:
         text = json.dumps(to_json(config), indent=2) + "\n"
         write_atomically(workdir / "config.json", lambda path: path.write_text(text))
         snapshots.cut(workdir / "averages", int(state.step))
     no_metrics = jax.jit(Metrics.zero, out_shardings=sharding.replicated(mesh))
     progress = Progress(int(state.step), state, no_metrics())
-    logbook = Logbook(workdir, step=progress.step, steps=training.steps)
-    _announce(built, data, logbook, progress, given)
+    then = f"{config.sampling.num_samples} samples"
+    logbook = Logbook(workdir, step=progress.step, steps=training.steps, then=then)
+    announce(built, data, logbook, progress, given)
     save = _saving(built, data, checkpoints, origin)
-    first, batch = progress.step, _batches(built, data, mesh)
+    log = _logging(built, logbook, checkpoints, no_metrics)
+    first, batch = progress.step, batches_of(built, data, mesh)
     try:
         with StopSignal() as stop:
             draw = _drawing(built, mesh, logbook, workdir, stop)
             callbacks = [
                 lambda progress: logbook.advance(),
-                _timing_the_first(logbook, first),
-                every(
-                    training.log_every,
-                    _logging(built, logbook, checkpoints, no_metrics),
-                    last=training.steps,
-                ),
+                every(training.log_every, log, last=training.steps),
                 _keeping_averages(built, workdir, checkpoints),
                 every(training.checkpoint_every, save),
+                every(training.checkpoint_every, lambda progress: logbook.plot()),
                 _sampling_between(training, logbook, save, draw, stop),
             ]
-            run(progress, step, pipeline.prefetch(batch, first, training.steps), callbacks, stop)
+            batches = pipeline.prefetch(batch, first, training.steps)
+            compiled, batches = compiled_step(step, progress, batches, workdir)
+            logbook.start_clock(first)
+            run(progress, compiled, batches, callbacks, stop)
+            if stop.name and int(progress.metrics.steps):
+                log(progress)
             save(progress)
+            logbook.plot()
             checkpoints.wait()
             if not stop.name:
                 draw(progress)
@@ -127,6 +140,8 @@ def _train(
         logbook.say(
             f"done: step {progress.step}; samples, losses.png and checkpoints are in {workdir}"
         )
+    except NotWritten:
+        raise
     except InputError:  # of a picture that cannot be read, found on the way
         if progress.step > first and jax.process_count() == 1:  # others may be a step ahead by now
             save(progress)
@@ -136,151 +151,7 @@ def _train(
         checkpoints.close()
 
 
-# --- What a run begins with
-
-
-def _jitted_start(built: Experiment, mesh: Mesh) -> Callable[[], TrainState]:
-    """Returns the function that makes the state before the first step, on all devices."""
-    return jax.jit(
-        lambda: init(
-            built.model,
-            built.optimizer,
-            built.image_shape,
-            built.config.seed,
-            built.objective,
-            other_averages=len(built.other_ema_rates),
-        ),
-        out_shardings=sharding.replicated(mesh),
-    )
-
-
-def _first_state(
-    start: Callable[[], TrainState],
-    checkpoints: Checkpoints,
-    mesh: Mesh,
-    given: weights.Imported | None,
-) -> tuple[TrainState, str]:
-    """Returns the state to begin at, and the digest of the pretrained weights it began from."""
-    everywhere = sharding.replicated(mesh)
-    state = resume(checkpoints, jax.eval_shape(start), everywhere)
-    saved = saved_meta(checkpoints.folder) or {}
-    if state is None:
-        state = start()
-        if given is not None:
-            params, ema_params = (jax.device_put(given.params, everywhere) for _ in range(2))
-            state = state._replace(params=params, ema_params=ema_params)
-    return state, saved.get("init_from", "") if given is None else given.sha256
-
-
-def resume(checkpoints: Checkpoints, abstract: TrainState, placed: Any) -> TrainState | None:
-    """Returns the state of the newest good checkpoint, placed on the devices; None without one."""
-    found = checkpoints.restore(sharding.abstract_like(items_of(abstract), placed), say)
-    if found is None:
-        return None
-    items, meta = found
-    step = jax.device_put(np.int32(meta["step"]), placed)
-    return TrainState(step, **items)
-
-
-def _jitted_step(built: Experiment, mesh: Mesh) -> TrainStep:
-    """Returns the training step over the devices: the weights on all of them, the batch split."""
-    config, everywhere = built.config, sharding.replicated(mesh)
-    split = sharding.split_batch(mesh)
-    return jax.jit(
-        make_train_step(
-            built.model,
-            built.objective,
-            built.optimizer,
-            ema_decay=built.ema_rate,
-            other_ema_rates=built.other_ema_rates,
-            seed=config.seed,
-            num_classes=config.model.num_classes,
-            label_dropout=config.training.label_dropout,
-            prepare=built.prepare,
-        ),
-        in_shardings=(everywhere, everywhere, split, split),
-        out_shardings=everywhere,
-        donate_argnums=(0, 1),
-    )
-
-
-def _batches(
-    built: Experiment, data: Source, mesh: Mesh
-) -> Callable[[int], tuple[jax.Array, jax.Array | None]]:
-    """Returns the function of a step to its images and labels, on the devices."""
-    config = built.config
-
-    def batch(step: int) -> tuple[jax.Array, jax.Array | None]:
-        part = pipeline.train_batch(
-            data,
-            config.seed,
-            step,
-            config.training.batch_size,
-            flip=config.data.flip,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        images = sharding.to_devices(mesh, part.image)
-        if not config.model.num_classes:
-            return images, None
-        assert part.label is not None  # of check_labels
-        return images, sharding.to_devices(mesh, part.label)
-
-    return batch
-
-
-def _announce(
-    built: Experiment,
-    data: Source,
-    logbook: Logbook,
-    progress: Progress,
-    given: weights.Imported | None,
-) -> None:
-    """Logs what begins, and what of it looks like a mistake."""
-    config, step = built.config, progress.step
-    shape = "x".join(map(str, data.image_shape))
-    begun = "from the start" if given is None else f"from weights {given.sha256[:8]}"
-    origin = f"resuming at step {step}" if step else begun
-    logbook.say(
-        f"{parameter_count(progress.state.params):,} parameters, {len(data):,} images of {shape}, "
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}; {origin}, "
-        f"to step {config.training.steps}, in {logbook.path.parent}"
-    )
-    left = float(built.schedule.alpha_bar[-1])
-    if left > MUCH_SIGNAL:
-        logbook.say(
-            f"alpha_bar_T = {left:.2g}: x_T still shows the data, and samples begin without; see "
-            "config.diffusion (the betas of 'linear' are for T = 1000)"
-        )
-    weight = weight_at_end(config, built.schedule)
-    if weight > MUCH_WEIGHT:
-        logbook.say(
-            f"config.training.loss_weight = {config.training.loss_weight!r} counts an error of "
-            f"{config.diffusion.prediction!r} at t = T as {weight:.0e} at the median t, nearly all "
-            "of the loss: such a weight is for the predictions x_0, v and edm"
-        )
-    if weight == 0:
-        logbook.say(
-            f"config.training.loss_weight = {config.training.loss_weight!r} is 0 at t = T, where "
-            "the schedule leaves no signal: the step that samples begin with is never trained; "
-            "take 'none', 'v' or 'truncated_snr'"
-        )
-
-
 # --- Callbacks
-
-
-def _timing_the_first(logbook: Logbook, first: int) -> Callback:
-    """Logs how long compiling took, once the first step is done."""
-    began = time.perf_counter()
-
-    def callback(progress: Progress) -> None:
-        if progress.step == first + 1:
-            jax.block_until_ready(progress.state)
-            logbook.say(f"first step after {time.perf_counter() - began:.1f} s of compiling")
-            logbook.start_clock(progress.step)
-
-    return callback
 
 
 def _logging(
@@ -346,34 +217,32 @@ def _sampling_between(
 def _drawing(
     built: Experiment, mesh: Mesh, logbook: Logbook, workdir: Path, stop: StopSignal
 ) -> Callback:
-    """Draws a grid of samples; none if a signal comes between two batches of them."""
+    """Draws a grid of samples; none if a signal comes before the last batch of them."""
     s = built.config.sampling
     learns_schedule = bool(built.objective.schedule_parameters())
 
     @functools.cache
     def fixed_generator() -> Generator:
-        return built.generator(mesh, batch_size=s.batch_size)
+        return built.generator(mesh, s.num_samples)
 
-    def parts(params: Any) -> Iterator[np.ndarray]:
-        """Yields batches of samples; compiled once, unless the schedule is being learned."""
-        generator = fixed_generator() if not learns_schedule else None
-        if generator is None:
-            now = built.with_schedule(jax.device_get(params))
-            generator = now.generator(mesh, batch_size=s.batch_size)
-        return generator.batches(params, s.num_samples, seed=s.seed)
+    def generator(params: Any) -> Generator:
+        """Returns what is compiled once, unless the schedule is being learned."""
+        if not learns_schedule:
+            return fixed_generator()
+        return built.with_schedule(jax.device_get(params)).generator(mesh, s.num_samples)
 
     def callback(progress: Progress) -> None:
-        batches = []
-        for part in parts(progress.state.ema_params if s.ema else progress.state.params):
+        params = progress.state.ema_params if s.ema else progress.state.params
+        batches: list[np.ndarray] = []
+        for part in samples(generator(params), params, s.num_samples, s.seed, workdir):
             batches.append(part)
-            if stop.name:
+            if stop.name and sum(map(len, batches)) < s.num_samples:
                 return
         if not logbook.speaks:
             return
         images = np.concatenate(batches)
         pictures.save_grid(workdir / "samples" / f"step_{progress.step:08}.png", images)
         logbook.image(progress.step, "samples", pictures.grid(images))
-        plot_losses(logbook.path, workdir / "losses.png")
 
     return callback
 

@@ -27,7 +27,8 @@ class Generator:
     samples are made from, it takes those too: of sample i given[i mod n], [B, ...]. `times` are the
     sampler's own if left out. `sharding` splits a batch over devices, whose number must divide
     `batch_size`.
-    `evaluations` is how often the last batch called the denoiser.
+    `evaluations` is how often the last batch called the denoiser; `compiled`, whether `compile` was
+    called.
     """
 
     def __init__(
@@ -86,9 +87,16 @@ class Generator:
 
         self._draw_predicted = jax.jit(draw_predicted, static_argnums=0)
         self._draw_sharing = jax.jit(draw_sharing, static_argnums=0)
-        self._draw = jax.jit(draw)
+        self._draw: Any = jax.jit(draw)
         self._to_uint8 = jax.jit(to_uint8)
+        self.compiled = False
         self._draw_chain = jax.jit(draw_chain, static_argnums=0)
+
+    def compile(self, params: Any) -> None:
+        """Compiles the program that draws a batch by weights like these, which the first batch
+        would do else."""
+        arguments = params, np.uint32(0), np.int32(0), *self._given(0, self.batch_size)
+        self._draw, self.compiled = self._draw.lower(*arguments).compile(), True
 
     def batches(self, params: Any, num_samples: int, *, seed: int) -> Iterator[np.ndarray]:
         """Yields uint8[n, H, W, C], n <= batch_size, until there are num_samples.

@@ -5,10 +5,13 @@ one. So each checkpoint carries a digest of every array, and restoring tries the
 over those that are damaged, and says so; once a good one is found, it moves the others aside.
 """
 
+import contextlib
 import json
 import math
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +39,10 @@ class Damaged(Exception):
     """A checkpoint that cannot be used; the text says why."""
 
 
+class NotWritten(InputError):
+    """A checkpoint that could not be written: a full disk, a quota, rights."""
+
+
 class Checkpoints:
     """The checkpoints of one run, in `folder`/<step>."""
 
@@ -53,10 +60,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_names=tuple(handlers), item_handlers=handlers
         )
-        self._read_only = read_only
+        self._read_only, self._failed = read_only, False
 
     def save(self, state: TrainState, about: dict[str, Any]) -> None:
-        """Starts writing, while training continues. An error of the last write is raised here.
+        """Starts writing, while training continues. Raises NotWritten, here or at the next call,
+        if that fails.
 
         `about` is what the checkpoint's meta says besides: the config, the images' shape.
         """
@@ -66,21 +74,45 @@ class Checkpoints:
             "digests": {name: digest(tree) for name, tree in items.items()},
         }
         arguments: dict[str, Any] = {n: ocp.args.StandardSave(tree) for n, tree in items.items()}
-        self._manager.save(
-            meta["step"], args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta))
-        )
+        with self._writing():
+            self._manager.save(
+                meta["step"], args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta))
+            )
 
     def latest_step(self) -> int | None:
         """Returns the newest step written or being written."""
         return self._manager.latest_step()
 
     def wait(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until everything is on disk; raises NotWritten if it cannot be."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Ends the threads, after what is being written."""
-        self._manager.close()
+        """Ends the threads, after what is being written; raises NotWritten unless that was."""
+        if self._failed:
+            with contextlib.suppress(Exception):  # the same again
+                self._manager.close()
+            return
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises NotWritten for what the system refuses, in whatever Orbax wraps it."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            why = _refusal(error)
+            if why is None:
+                raise
+            saved = saved_meta(self.folder)
+            left = f"resumes from step {saved['step']}" if saved else "starts again"
+            raise NotWritten(
+                f"no checkpoint can be written to {self.folder}: {why}; once it can, the same "
+                f"command {left}"
+            ) from error
 
     def restore(
         self,
@@ -183,6 +215,18 @@ class Checkpoints:
         _meet("after moving damaged checkpoints")
         self._manager.reload()
         return aside
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """Returns what the system refused to write with; None for another error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        said = re.search(r"(?:os_error_code='|OS error )(\d+)", str(error))  # by TensorStore
+        if said:
+            return os.strerror(int(said[1]))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _raise_damaged(text: str, error: Exception) -> NoReturn:

@@ -9,24 +9,36 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from ddpm.files.atomic import write_atomically
+from ddpm.files.progress import doing, say
+
+FEW_ROWS = 50  # that are marked one by one in a plot
 
 
 class Logbook:
     """Writes `metrics.jsonl` and TensorBoard files in a run folder; shows a bar, or plain lines.
 
     Starting again at `step` cuts off what was written after it, so that no step stands twice.
-    Of several processes only the first writes and speaks.
+    `then` says what follows the last step, and is not in the time left. Of several processes only
+    the first writes and speaks.
     """
 
-    def __init__(self, workdir: Path, *, step: int, steps: int) -> None:
+    def __init__(self, workdir: Path, *, step: int, steps: int, then: str = "") -> None:
         self._steps = steps
-        self._bar = None
         self._mark = (step, time.perf_counter())
         self.path = workdir / "metrics.jsonl"
+        self._plotted = -1  # the size of metrics.jsonl when it was
         self.speaks = jax.process_index() == 0
+        self._bar = doing(
+            "training",
+            total=steps,
+            initial=step,
+            unit="step",
+            leave=True,
+            then=then,
+            speaks=self.speaks,
+        )
         if not self.speaks:
             return
         rows, odd = _read(self.path)
@@ -43,26 +55,21 @@ class Logbook:
         write_atomically(self.path, lambda path: path.write_text(text))
         self._file = self.path.open("a")
         self._board = _summary_writer()(str(workdir / "tensorboard"), purge_step=step + 1)
-        if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05
-            )
+        self._bar.__enter__()
 
     def say(self, text: str) -> None:
         """Prints one line, above the bar."""
         if self.speaks:
-            say(text, self._bar)
+            say(text)
 
     def start_clock(self, step: int) -> None:
         """Starts counting speed from here: after compiling, after a pause for samples."""
         self._mark = (step, time.perf_counter())
-        if self._bar is not None:
-            self._bar.unpause()
+        self._bar.resume()
 
     def advance(self) -> None:
         """Advances the bar by one step."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update(1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a row of scalars, with the speed since the last one; prints a line where there is
@@ -78,13 +85,14 @@ class Logbook:
         for name, value in row.items():
             if name != "step":
                 self._board.add_scalar(name, value, step)
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        if self._bar.bar is not None:
+            then = f", then {self._bar.then}" if self._bar.then else ""
+            self._bar.bar.set_postfix_str(f"loss={values['loss']:.4f}{then}", refresh=False)
         else:
             text = f"step {step}/{self._steps}  loss {values['loss']:.4f}"
             if "steps_per_second" in row:
                 speed = row["steps_per_second"]
-                text += f"  {speed:.3g} steps/s  {_clock((self._steps - step) / speed)} left"
+                text += f"  {speed:.3g} steps/s  {self._bar.left((self._steps - step) / speed)}"
             self.say(text)
         self._mark = (step, time.perf_counter())
 
@@ -94,12 +102,17 @@ class Logbook:
             return
         self._board.add_image(name, image, step, dataformats="HWC")
 
+    def plot(self) -> None:
+        """Plots the losses so far as losses.png."""
+        if self.speaks and self.path.stat().st_size != self._plotted:
+            self._plotted = self.path.stat().st_size
+            plot_losses(self.path, self.path.with_name("losses.png"))
+
     def close(self) -> None:
         """Ends the bar and the files."""
         if not self.speaks:
             return
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.__exit__(None, None, None)
         self._file.close()
         self._board.close()
 
@@ -116,14 +129,6 @@ def _summary_writer() -> Any:
         if without:
             del sys.modules["torch"]
     return SummaryWriter
-
-
-def say(text: str, bar: Any = None) -> None:
-    """Prints one line on standard error, where all progress goes."""
-    if bar is not None:
-        bar.write(text, file=sys.stderr)
-    else:
-        print(text, file=sys.stderr, flush=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -161,23 +166,19 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5))
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_axes((0.13, 0.1, 0.69, 0.86))
     steps = [row["step"] for row in rows]
+    mark = ".-" if len(rows) < FEW_ROWS else "-"  # a line through one row shows nothing
     names = sorted({name for row in rows for name in row if name.startswith("loss_t")})
     for i, name in enumerate(names):
         shade = 0.15 + 0.75 * i / max(1, len(names) - 1)
         values = [row.get(name, float("nan")) for row in rows]
-        axes.plot(steps, values, color=(shade, 0.5, 1 - shade), lw=0.8, label=name[5:])
-    axes.plot(steps, [row["loss"] for row in rows], color="black", lw=1.5, label="all t")
+        color = (shade, 0.5, 1 - shade)
+        axes.plot(steps, values, mark, color=color, lw=0.8, label=name[5:])
+    axes.plot(steps, [row["loss"] for row in rows], mark, color="black", lw=1.5, label="all t")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
-    figure.legend(title="t", fontsize="small", loc="outside right upper")
+    axes.legend(title="t", fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
     axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=110)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+    write_atomically(picture, lambda path: figure.savefig(path, dpi=110, format="png"))

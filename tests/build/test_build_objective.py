@@ -26,7 +26,7 @@ from ddpm.build.parts import CLOSELY_SPACED
 from ddpm.build.schedule import SCHEDULES, noise_schedule
 from ddpm.build.variance import reverse_variance
 from ddpm.config import default
-from ddpm.modes.train import MUCH_WEIGHT
+from ddpm.modes.start import MUCH_WEIGHT
 
 T = 20
 X_0, EPS = np.float32(np.random.default_rng(0).normal(size=(2, 5, 4)).clip(-1, 1))

@@ -1,14 +1,18 @@
 """Checkpoints come back bit for bit, or not at all: damage is found, named and stepped over."""
 
+import contextlib
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm import cli
 from ddpm.diffusion.timesteps import LossHistory
 from ddpm.errors import InputError
 from ddpm.training import sharding
-from ddpm.training.checkpoints import Checkpoints, digest, items_of, saved_meta
+from ddpm.training.checkpoints import Checkpoints, NotWritten, digest, items_of, saved_meta
 from ddpm.training.optimizer import adam
 from ddpm.training.state import TrainState
 
@@ -202,3 +206,42 @@ def test_history_of_losses_comes_back_where_there_is_one(saved):
     (found, _), said = restore(saved, state_at(40))
     assert_equal(found, state_at(40))
     assert said == []
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Files can hold no more bytes than that, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(saved, capfd):
+    state, about = state_at(40, size=100_000), {"config": {}, "image_shape": [8], "num_images": 9}
+    with cli._progress_on_stderr(), full_disk(100_000):
+        cli._set_up("")
+        checkpoints = Checkpoints(saved)
+        checkpoints.save(state, about)
+        with pytest.raises(NotWritten, match=r"File too large; .* resumes from step 30") as error:
+            checkpoints.wait()
+        checkpoints.close()  # what has failed fails but once
+    assert "\n" not in str(error.value)
+    assert isinstance(error.value, InputError)
+    assert not capfd.readouterr().err
+    (found, _), said = restore(saved, state_at(0))
+    assert_equal(found, state_at(30))
+    assert not said
+    again = Checkpoints(saved)  # there is room again
+    again.save(state, about)
+    again.close()
+    assert saved_meta(saved)["step"] == 40
+
+
+def test_another_error_while_writing_is_not_the_disks(saved):
+    checkpoints = Checkpoints(saved)
+    with pytest.raises(TypeError):  # of JSON
+        checkpoints.save(state_at(40), {"config": object()}) or checkpoints.wait()
+    checkpoints.close()

@@ -1,6 +1,9 @@
-"""metrics.jsonl: rows that are none are set aside, so that a run goes on."""
+"""metrics.jsonl: rows that are none are set aside, so that a run goes on; the plot of it."""
 
 import json
+
+import pytest
+from matplotlib.axes import Axes
 
 from ddpm.training.logbook import Logbook, read_metrics
 
@@ -34,3 +37,25 @@ def test_a_last_line_that_a_kill_cut_off_is_nothing_to_report(tmp_path, capsys):
     assert read_metrics(path) == GOOD
     assert not capsys.readouterr().err
     assert not (tmp_path / "metrics_unreadable.jsonl").exists()
+
+
+@pytest.mark.parametrize(("rows", "marked"), [(1, True), (100, False)])
+def test_a_single_row_is_visible_in_the_plot(tmp_path, monkeypatch, rows, marked):
+    lines, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *a, **o: lines.extend(plot(*a, **o)))
+    logbook = Logbook(tmp_path, step=0, steps=rows)
+    for step in range(rows):
+        logbook.scalars(step + 1, {"loss": 1.0, "loss_t0001-0100": 2.0})
+    logbook.plot()
+    assert [line.get_marker() != "None" for line in lines] == [marked, marked]
+    assert (tmp_path / "losses.png").stat().st_size > 5000
+    logbook.plot()
+    assert len(lines) == 2  # there is nothing new
+    logbook.close()
+
+
+def test_the_time_left_says_what_follows(tmp_path, capsys):
+    logbook = Logbook(tmp_path, step=0, steps=100, then="64 samples")
+    logbook.scalars(50, {"loss": 1.0})
+    logbook.close()
+    assert capsys.readouterr().err.endswith(" left, then 64 samples\n")

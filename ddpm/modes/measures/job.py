@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from ddpm.build.sampler import check_flow
 from ddpm.data import sources
@@ -22,6 +21,7 @@ from ddpm.evaluation import features
 from ddpm.evaluation.inception_weights import WHERE
 from ddpm.evaluation.shipped import SHIPPED
 from ddpm.files import pictures
+from ddpm.files.progress import doing
 from ddpm.modes.loading import Run, draw
 from ddpm.training import sharding
 
@@ -149,7 +149,8 @@ def _drawn(run: Run, folder: Path, num_samples: int, seed: int) -> np.ndarray:
     if not path.exists():
         generator = run.generator(num_samples)
         about = run.provenance(seed)
-        pictures.save_npz(path, draw(run, generator, num_samples, seed), shape, about=about)
+        drawn = draw(generator, run.params, num_samples, seed, folder.parent)
+        pictures.save_npz(path, drawn, shape, about=about)
     found = sources.npz(path).image
     if found.shape != shape:
         raise InputError(f"{path}: holds {found.shape}, not {shape}; remove it")
@@ -164,7 +165,7 @@ def batches(
     size = job.run.built.config.evaluation.batch_size
     size = -(-most // -(-most // size))  # equal batches: padding of the last one is computed too
     size = sharding.rounded_up(size, job.run.mesh)
-    with tqdm(total=most, desc=name, unit="image", leave=False, disable=None) as bar:
+    with doing(name, total=most) as bar:
         for k, batch in enumerate(evaluation_batches(source, size)):
             indices = np.arange(k * size, (k + 1) * size)
             mask = batch.mask & (indices < most)
