@@ -4,6 +4,7 @@ code = run(["main.py", "--config=configs/digits.py", "--mode=sample"])
 """
 
 import contextlib
+import errno
 import importlib
 import logging
 import sys
@@ -18,7 +19,7 @@ from ddpm import backend
 from ddpm.build.checks import validate
 from ddpm.config import nearest
 from ddpm.config.command import check_file, config_file, overrides, parse
-from ddpm.errors import InputError, NotFinite, first_line
+from ddpm.errors import InputError, NotFinite, first_line, one_line, printable
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ROOT / "main.py"
@@ -65,6 +66,10 @@ def run(argv: Sequence[str]) -> int:
         return fail(str(error), WRONG)
     except NotFinite as error:
         return fail(str(error), NotFinite.EXIT_CODE)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return fail(f"{error.filename}: {error.strerror}; choose a shorter name", WRONG)
     except KeyboardInterrupt:  # before the first step, while sampling, or for the second time
         return fail("stopped", STOPPED)
     return 0
@@ -72,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
 
 def fail(text: str, code: int) -> int:
     """Prints one line on standard error and returns the exit code."""
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
     return code
 
 
@@ -168,10 +173,18 @@ def _workdir(given: Any, argv: Sequence[str]) -> Path:
     return Path("runs") / "_".join(filter(None, (Path(file).stem, variant)))
 
 
+class _Printable(logging.Formatter):
+    """The form of a log's lines: each one line, whatever names are in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 @contextlib.contextmanager
 def _progress_on_stderr() -> Iterator[None]:
     """Shows what the library logs, while the command runs."""
     logger, handler = logging.getLogger("ddpm"), logging.StreamHandler()
+    handler.setFormatter(_Printable())
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

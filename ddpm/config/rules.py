@@ -42,6 +42,9 @@ def _check_type(key: str, value: Any, example: Any) -> None:
         isinstance(value, bool) and not isinstance(example, bool)
     ):
         raise InputError(f"config.{key} = {value!r}: must be of type {type(example).__name__}")
+    for number in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(number, int) and number.bit_length() > 63:  # Python may refuse to print it
+            raise InputError(f"config.{key}: a number of {number.bit_length()} bits: at most 63")
 
 
 def _whole(least: int) -> tuple[Any, str]:

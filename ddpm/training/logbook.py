@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from ddpm.errors import printable
 from ddpm.files.atomic import write_atomically
 
 
@@ -120,6 +121,7 @@ def _summary_writer() -> Any:
 
 def say(text: str, bar: Any = None) -> None:
     """Prints one line on standard error, where all progress goes."""
+    text = printable(text)
     if bar is not None:
         bar.write(text, file=sys.stderr)
     else:
