@@ -7,6 +7,7 @@ samples = built.generator(mesh, batch_size=64).samples(found.params, 64, seed=0)
 
 import contextlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from ddpm.build.network import check_model
 from ddpm.config import default, with_settings
 from ddpm.errors import InputError, first_line
 from ddpm.files.atomic import write_atomically
+from ddpm.files.reading import parse_json, read_json
 from ddpm.files.tensors import READERS, Tensors, read_tensors, sha256
 from ddpm.interop import settings
 from ddpm.interop.tensor_names import is_authors, to_params, to_tensors
@@ -138,11 +140,11 @@ def check_out(out: Path) -> None:
 
 def _find(where: str | Path, config: ConfigDict) -> _Found:
     path = Path(where).expanduser()
-    if not path.exists() and _HUB_ID.fullmatch(str(where)) and path.suffix not in READERS:
+    if not os.path.exists(path) and _HUB_ID.fullmatch(str(where)) and path.suffix not in READERS:
         path = _from_hub(str(where))
     if path.is_dir():
         return _folder(path, config)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{path}: there is no such file or folder")
     if (path.parent / "config.json").is_file() and path.name in _WEIGHTS:
         return _folder(path.parent, config, path.name)
@@ -173,11 +175,11 @@ def _folder(path: Path, config: ConfigDict, name: str = "") -> _Found:
     names = [n for n in _WEIGHTS if (here / n).is_file() and name in ("", n)]
     if not names:
         raise InputError(f"{here}: there is none of {', '.join(_WEIGHTS)}")
-    unet = _read_json(here / "config.json")
+    unet = _Settings(here / "config.json", read_json(here / "config.json"))
     above = path.absolute().parents  # a checkpoint's scheduler is that of the whole training
     places = (path / "scheduler", path, *(folder / "scheduler" for folder in above[:2]))
     schedulers = [p for f in places if (p := f / "scheduler_config.json").is_file()]
-    scheduler = _read_json(schedulers[0]) if schedulers else None
+    scheduler = _Settings(schedulers[0], read_json(schedulers[0])) if schedulers else None
     return _Found(read_tensors(here / names[0]), here / names[0], unet, scheduler)
 
 
@@ -261,24 +263,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
     with safe_open(path, "np") as file:
         text = (file.metadata() or {}).get("ddpm", "{}")
-    return _parsed(text, path)
-
-
-def _read_json(path: Path) -> _Settings:
-    try:
-        return _Settings(path, _parsed(path.read_text(encoding="utf-8"), path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
-
-
-def _parsed(text: str, path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: its JSON cannot be read ({first_line(error)})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: its JSON is not an object")
-    return found
+    return parse_json(text, path)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
