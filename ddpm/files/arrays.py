@@ -10,7 +10,7 @@ import struct
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
@@ -106,7 +106,7 @@ def _array(path: Path, archive: zipfile.ZipFile, header: Header) -> np.ndarray:
             place += len(chunk)
     if place != header.nbytes:
         raise ValueError(f"{header.member.filename} is cut short")
-    order = "F" if header.fortran else "C"
+    order: Literal["F", "C"] = "F" if header.fortran else "C"
     if not mapped:
         return data.view(header.dtype).reshape(header.shape, order=order)
     with path.open("rb") as raw:

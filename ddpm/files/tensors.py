@@ -1,6 +1,7 @@
 """Files of tensors by name, in every format that weights come in; none of their code is run."""
 
 import hashlib
+import os
 import pickle
 import warnings
 import zipfile
@@ -11,7 +12,7 @@ import numpy as np
 
 from ddpm.errors import InputError, first_line
 from ddpm.files.arrays import npz_headers, read_npz
-from ddpm.files.reading import check_file, check_fits
+from ddpm.files.reading import check_file, check_fits, read_json
 
 Tensors = dict[str, np.ndarray]
 
@@ -43,6 +44,40 @@ def read_tensors(
         raise InputError(
             f"{path}: cannot be read as {path.suffix} ({first_line(error)}){end}"
         ) from error
+
+
+def read_sharded(index: Path) -> Tensors:
+    """Reads tensors that are in several files, by the index of names to files that lies next to
+    them, as `diffusers` writes it; InputError as above, and where the two do not agree."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+        raise InputError(f"{index}: there is no weight_map, of tensors to files next to it")
+    files = sorted(set(places.values()))
+    if foreign := [f for f in files if os.path.basename(f) != f]:
+        raise InputError(f"{index}: names {foreign[0]!r}, which is no file next to it")
+    if missing := [f for f in files if not os.path.isfile(index.parent / f)]:
+        raise InputError(
+            f"{index}: {len(missing)} of its {len(files)} files are not next to it, the first "
+            f"{missing[0]}: fetch them"
+        )
+    found: Tensors = {}
+    for file in files:
+        tensors = read_tensors(index.parent / file)
+        wanted = {name for name, place in places.items() if place == file}
+        if others := sorted(tensors.keys() ^ wanted):
+            raise InputError(
+                f"{index.parent / file}: its tensors are not those that {index.name} says, the "
+                f"first {others[0]}: fetch both anew"
+            )
+        found |= tensors
+    return found
+
+
+def finite_float32(x: np.ndarray) -> np.ndarray | None:
+    """Returns an array as float32, in C order; None where a value is not finite, or beyond that."""
+    with np.errstate(over="ignore"):
+        found = np.ascontiguousarray(x, np.float32)
+    return found if np.isfinite(found).all() else None
 
 
 def sha256(tensors: Tensors) -> str:

@@ -61,11 +61,16 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> 
         )
     read = pictures_at(given, "--input")
     run = load_run(config, workdir, "edit", init_from)
-    s = run.built.config.sampling
+    s, trained = run.built.config.sampling, run.built.config
     if s.guidance_scale != 1 and s.label < 0:
         raise InputError(
             f"config.sampling.guidance_scale = {s.guidance_scale}: say towards which class the "
             "pictures are edited, with config.sampling.label"
+        )
+    if trained.model.num_classes and not trained.training.label_dropout and s.label < 0:
+        raise InputError(
+            "config.sampling.label = -1: say of which class the pictures are: the model never "
+            "learned to do without a label (config.training.label_dropout = 0)"
         )
     images = read(run.built.image_shape)
     edited = _TASKS[task](run, images)
