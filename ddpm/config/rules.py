@@ -3,6 +3,8 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from PIL import ImageColor
+
 from ddpm.config.keys import PARTS, default
 from ddpm.config.tree import flatten, nearest
 from ddpm.errors import InputError
@@ -49,6 +51,13 @@ def _check_type(key: str, value: Any, example: Any) -> None:
 
 def _whole(least: int) -> tuple[Any, str]:
     return lambda v: v >= least, f"a whole number >= {least}"
+
+
+def _colour(v: str) -> bool:
+    try:
+        return len(ImageColor.getrgb(v)) == 3
+    except ValueError:
+        return False
 
 
 def _sizes(v: Any) -> bool:
@@ -101,6 +110,8 @@ _RULES: dict[str, tuple[Any, str]] = {
         lambda v: len(v) in (0, 2) and _sizes(v),
         "() or (height, width)",
     ),
+    "data.background": (_colour, "a colour, such as 'white', 'black' or '#808080'"),
+    "data.max_pixels": _whole(1),
     "model.channels": (lambda v: v >= 4 and v % 2 == 0, "an even number >= 4"),
     "model.channel_multipliers": (lambda v: v and _sizes(v), "a tuple of whole numbers > 0"),
     "model.num_res_blocks": _whole(1),

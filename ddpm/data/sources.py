@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm.data import cache
+from ddpm.data.images import Transparency
 from ddpm.errors import InputError, first_line, listed
 from ddpm.files.arrays import npz_headers, read_npz
 
@@ -162,9 +163,18 @@ def _contiguous(image: np.ndarray) -> np.ndarray:
     return image if image.ndim == 4 else image[..., None]
 
 
-def decoded_once(source: Source, name: str, key: Mapping[str, Any], memory_budget: int) -> Source:
+def decoded_once(
+    source: Source,
+    name: str,
+    key: Mapping[str, Any],
+    memory_budget: int,
+    transparency: Transparency | None = None,
+) -> Source:
     """Returns the same source over a memory-mapped cache of its decoded images, if within the
-    budget."""
+    budget.
+
+    `transparency`, which decoding reports, is reported of cached images too.
+    """
     if len(source) * int(np.prod(source.image_shape)) > memory_budget:
         return source
 
@@ -172,10 +182,14 @@ def decoded_once(source: Source, name: str, key: Mapping[str, Any], memory_budge
         for indices in in_blocks(len(source), name):
             image, label = source.read(indices)
             yield {"image": image} if label is None else {"image": image, "label": label}
+        if transparency is not None:
+            yield {"transparent": np.array([transparency.seen])}
 
     arrays = cache.cached(name, key, blocks)
     if arrays is None:
         return source
+    if transparency is not None and arrays["transparent"].any():
+        transparency()
     return ArraySource(arrays["image"], arrays.get("label"), source.num_classes)
 
 

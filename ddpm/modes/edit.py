@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from ddpm.build.data import decoding
 from ddpm.config import TASKS, with_settings
 from ddpm.data.images import read_image
 from ddpm.diffusion.pixels import to_float, to_uint8
@@ -59,7 +60,7 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "") -> 
             f"config.model.low_resolution = {config.model.low_resolution}: this model enlarges, "
             "and does not edit: see --mode=sample with config.sampling.low_resolution_images"
         )
-    read = pictures_at(given, "--input")
+    read = pictures_at(given, "--input", decoding(config))
     run = load_run(config, workdir, "edit", init_from)
     s, trained = run.built.config.sampling, run.built.config
     if s.guidance_scale != 1 and s.label < 0:
@@ -98,7 +99,8 @@ def _keep(run: Run) -> np.ndarray:
     e, (height, width, _) = run.built.config.editing, run.built.image_shape
     if e.mask:
         file = Path(e.mask).expanduser()
-        mask = read_image(file, channels=1, image_size=None, background="black")
+        most = run.built.config.data.max_pixels
+        mask = read_image(file, channels=1, image_size=None, background="black", max_pixels=most)
         if mask.shape[:2] != (height, width):
             raise InputError(
                 f"config.editing.mask = {e.mask!r} is {by(mask.shape[:2])}, the model's images "
