@@ -185,9 +185,9 @@ def test_input_pictures_too_are_put_on_the_background(tmp_path, caplog):
 
 def test_large_pictures_are_converted_as_small_ones(tmp_path, monkeypatch):
     """In strips, of which the last is lower."""
-    arrays = {"RGBA": noise(13, 7, 4), "LA": noise(13, 7, 2), "I;16": noise(13, 14, 1).view("<u2")}
-    for mode, array in arrays.items():
-        path = save(tmp_path / f"{mode}.png", Image.fromarray(array, mode))
+    for mode, size in (("RGBA", 4), ("LA", 2), ("I;16", 2), ("P", 1)):
+        image = Image.frombytes(mode, (7, 13), noise(13, 7 * size, 1).tobytes())
+        path = save(tmp_path / f"{mode}.png", image)
         for channels in (1, 3):
             whole = read(path, channels)
             with monkeypatch.context() as patch:
