@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from ddpm.config.keys import default
 from ddpm.config.tree import flatten, nearest
@@ -37,6 +37,11 @@ def parse(argv: Sequence[str], values: flags.FlagValues | None = None) -> flags.
     except Exception as error:  # whatever a config file does
         what = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(_error_of_file(error) or f"the config cannot be read: {what}") from error
+    if not isinstance(values["config"].value, ConfigDict):
+        raise InputError(
+            f"--config={config_file(argv)}: its get_config() must return a config, as "
+            "ddpm.config.default() does"
+        )
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}: options look like --workdir=runs/new")
     return values
