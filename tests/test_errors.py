@@ -10,6 +10,8 @@ from ddpm.config import default
 from ddpm.errors import LONGEST, InputError, first_line, listed
 from ddpm.training.logbook import say
 
+# Of ml_collections, on loading a config file.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 REMEDY = ": must be one of these; did you mean 'that'?"
 
 
@@ -91,3 +93,11 @@ def test_progress_too_is_one_line(capsys):
     with cli._progress_on_stderr():
         logging.getLogger("ddpm.data").warning("%s: left out", "a\nb")
     assert capsys.readouterr().err.splitlines() == [r"a\nb: read", r"a\nb: left out"]
+
+
+@pytest.mark.parametrize("returned", ["None", "{}", "3"])
+def test_a_config_file_must_return_a_config(tmp_path, capsys, returned):
+    (tmp_path / "a.py").write_text(f"def get_config():\n    return {returned}\n")
+    assert cli.run(["main.py", f"--config={tmp_path / 'a.py'}"]) == cli.WRONG
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert [x for x in lines if "get_config() must return a config" in x] == lines != []
