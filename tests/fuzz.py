@@ -295,8 +295,8 @@ def header_changed(rng: Rng, data: bytes) -> bytes:
 def tiny() -> Any:
     """A config of a network of a few hundred numbers, with labels."""
     made = default()
-    made.model.channels, made.model.channel_multipliers, made.model.num_groups = 4, (1, 2), 2
-    made.model.num_res_blocks, made.model.attention_resolutions = 1, (4,)
+    made.model.channels, made.model.channel_multipliers, made.model.num_groups = 4, (1,), 2
+    made.model.num_res_blocks, made.model.attention_resolutions = 1, (8,)
     made.model.num_classes, made.diffusion.num_steps = 3, 20
     return made
 

@@ -53,6 +53,10 @@ def _whole(least: int) -> tuple[Any, str]:
     return lambda v: v >= least, f"a whole number >= {least}"
 
 
+def _between(least: int, most: int) -> tuple[Any, str]:
+    return lambda v: least <= v <= most, f"a whole number >= {least}, at most {most}"
+
+
 def _colour(v: str) -> bool:
     try:
         return len(ImageColor.getrgb(v)) == 3
@@ -114,7 +118,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "data.max_pixels": _whole(1),
     "model.channels": (lambda v: v >= 4 and v % 2 == 0, "an even number >= 4"),
     "model.channel_multipliers": (lambda v: v and _sizes(v), "a tuple of whole numbers > 0"),
-    "model.num_res_blocks": _whole(1),
+    "model.num_res_blocks": _between(1, 100),
     "model.attention_resolutions": (_sizes, "a tuple of whole numbers > 0"),
     "model.dropout": _FRACTION,
     "model.num_groups": _whole(1),
@@ -126,7 +130,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "model.skip_scale": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "model.input_features": (_exponents, "a tuple of different whole numbers in 0..15"),
     "model.patch_size": _whole(1),
-    "model.depth": _whole(1),
+    "model.depth": _between(1, 1000),
     "diffusion.num_steps": _whole(1),
     "diffusion.beta_start": (lambda v: 0 < v < 1, "in (0, 1)"),
     "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),
