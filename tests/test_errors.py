@@ -6,6 +6,7 @@ import pytest
 
 from ddpm import cli
 from ddpm.build.checks import validate
+from ddpm.build.experiment import build
 from ddpm.config import default
 from ddpm.errors import LONGEST, InputError, first_line, listed
 from ddpm.training.logbook import say
@@ -101,3 +102,18 @@ def test_a_config_file_must_return_a_config(tmp_path, capsys, returned):
     assert cli.run(["main.py", f"--config={tmp_path / 'a.py'}"]) == cli.WRONG
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert [x for x in lines if "get_config() must return a config" in x] == lines != []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("channels", 2**40, "its layers are beyond any memory"),
+        ("num_res_blocks", 2**20, "must be a whole number >= 1, at most 100"),
+        ("depth", 2**20, "must be a whole number >= 1, at most 1000"),
+    ],
+)
+def test_networks_that_nothing_holds_are_refused(key, value, said):
+    config = default()
+    config.model[key] = value
+    with pytest.raises(InputError, match=said):
+        build(config, (32, 32, 3))
