@@ -155,14 +155,8 @@ def config(rng: Rng, folder: Path) -> None:
         found = parse(["main.py", "--config=configs/digits.py", *argv]).config
         check(found)
         for key, text in texts.items():
-            value, expected = flatten(found)[key], text
-            if not isinstance(known[key], str):
-                expected = ast.literal_eval(text.strip().capitalize() if value in (0, 1) else text)
-            assert (
-                tuple(value) == tuple(np.atleast_1d(expected))
-                if isinstance(value, tuple)
-                else value == expected
-            ), (key, text, value)
+            value = flatten(found)[key]
+            assert value == literal(text, known[key]), (key, text, value)
     elif kind == 1:
         tree = default()
         with tree.ignore_type():
@@ -176,6 +170,19 @@ def config(rng: Rng, folder: Path) -> None:
         text = (Path(__file__).parents[1] / "configs" / "digits.py").read_bytes()
         (folder / "a.py").write_bytes(mutated(rng, text))
         check(parse(["main.py", f"--config={folder / 'a.py'}"]).config)
+
+
+def literal(text: str, example: Any) -> Any:
+    """What a text means for a key that has such a value, a bare word being itself."""
+    if isinstance(example, str):
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if isinstance(example, bool) else text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(example, tuple):
+        return tuple(value) if isinstance(value, tuple | list) else (value,)
+    return value
 
 
 def as_text(value: Any) -> str:
