@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ddpm.errors import InputError
-from ddpm.files.reading import check_file
+from ddpm.files.reading import unreadable
 
 MAX_PIXELS = 50_000_000  # of a file, by default: a whole picture is decoded before it is resized
 _STRIP = 2**20  # pixels converted at once
@@ -48,8 +48,9 @@ def read_image(
     its centre and resized. Raises InputError, with the name (by default the path), where the image
     cannot be read, or has more than max_pixels.
     """
-    if not isinstance(file, bytes):
-        check_file(file)
+    broken = f"{name or file!s}: cannot be read as an image"
+    if not isinstance(file, bytes) and (reason := unreadable(file)):
+        raise InputError(f"{broken} ({reason})")
     try:
         with _open(file) as image:
             if image.width * image.height > max_pixels:
@@ -65,7 +66,7 @@ def read_image(
         raise
     except Exception as error:  # Pillow's readers raise many kinds: OSError, SyntaxError, ..
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name or file!s}: cannot be read as an image ({reason})") from error
+        raise InputError(f"{broken} ({reason})") from error
     return np.asarray(flat, np.uint8).reshape(flat.height, flat.width, channels)
 
 

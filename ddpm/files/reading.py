@@ -9,13 +9,22 @@ from ddpm.errors import InputError, first_line
 
 
 def check_file(path: Path, *, hint: str = "") -> None:
-    """Raises InputError, which `hint` ends, unless this is a regular file: a pipe or a device would
-    be waited for."""
-    if not os.path.isfile(path):
-        is_folder, end = os.path.isdir(path), f"; {hint}" if hint else ""
-        kind = "a folder, not a file" if is_folder else "not a regular file, but a pipe or a device"
-        there = kind if os.path.exists(path) else "there is no such file"
-        raise InputError(f"{path}: {there}{end}")
+    """Raises InputError, which `hint` ends, unless this is a regular file."""
+    if reason := unreadable(path):
+        raise InputError(f"{path}: {reason}" + (f"; {hint}" if hint else ""))
+
+
+def unreadable(path: Path) -> str:
+    """Returns why a path is no regular file, '' for one: a pipe or a device would be waited for."""
+    if os.path.isfile(path):
+        return ""
+    if not os.path.exists(path):
+        return "there is no such file"
+    return (
+        "a folder, not a file"
+        if os.path.isdir(path)
+        else "not a regular file, but a pipe or device"
+    )
 
 
 def check_fits(path: Path, size: int) -> None:

@@ -224,10 +224,10 @@ def test_pixels_are_bounded_before_they_are_decoded(tmp_path, monkeypatch):
 def test_a_pipe_is_no_picture(tmp_path):
     save(tmp_path / "a.png", noise(4, 4))
     os.mkfifo(tmp_path / "b.png")
-    with pytest.raises(InputError, match=r"b\.png: not a regular file, but a pipe or a device"):
+    with pytest.raises(InputError, match=r"b\.png: .*not a regular file, but a pipe"):
         folder(tmp_path)
     assert len(folder(tmp_path, broken="skip")) == 1
-    with pytest.raises(InputError, match=r"b\.png: not a regular file"):
+    with pytest.raises(InputError, match=r"b\.png: .*not a regular file"):
         read(tmp_path / "b.png")
 
 
