@@ -20,7 +20,7 @@ from ddpm import backend
 from ddpm.build.checks import validate
 from ddpm.config import nearest
 from ddpm.config.command import CONFIGS, config_file, names, overrides, parse
-from ddpm.errors import InputError, NotFinite, first_line, out_of_memory, path_error
+from ddpm.errors import InputError, NotFinite, first_line, one_line, out_of_memory, path_error
 from ddpm.files.progress import doing, say
 from ddpm.training.stopping import STOPPED, Hold, answered
 
@@ -107,7 +107,7 @@ def _batch_sizes(given: Any) -> dict[str, int]:
 
 def fail(text: str, code: int) -> int:
     """Prints one line on standard error and returns the exit code."""
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
     return code
 
 

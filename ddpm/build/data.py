@@ -1,5 +1,7 @@
 """Config -> data."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from ddpm.data import sources
@@ -20,13 +22,19 @@ def _folder(config: ConfigDict) -> Source:
             f"config.data.split = {d.split!r}: a folder has no splits; name the folder of the "
             "split with config.data.path"
         )
-    return folder(d.path, tuple(d.image_size), channels=d.channels, broken=d.broken_images)
+    size, how = tuple(d.image_size), decoding(config)
+    return folder(d.path, size, channels=d.channels, broken=d.broken_images, **how)
 
 
 def _tfds(config: ConfigDict) -> Source:
     d = config.data
     size = tuple(d.image_size) or None
-    return tfds(d.name, d.split or "train", data_dir=d.path or None, image_size=size)
+    return tfds(d.name, d.split or "train", d.path or None, size, **decoding(config))
+
+
+def decoding(config: ConfigDict) -> dict[str, Any]:
+    """Returns how picture files are decoded, as options of `read_image` and the sources."""
+    return {"background": config.data.background, "max_pixels": config.data.max_pixels}
 
 
 # Sets with a name of their own; any other is one of tfds. make(config) -> Source

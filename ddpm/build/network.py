@@ -1,5 +1,6 @@
 """Config -> network."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -84,12 +85,19 @@ def network(config: ConfigDict, image_shape: tuple[int, int, int]) -> nn.Module:
 
 def check_model(model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
     """Returns the shapes of the parameters, without computing them; InputError for none."""
-    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.int32)
     try:
-        return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
+        return jax.tree.map(lambda x: x, _shapes(model, tuple(image_shape)))
     except ValueError as error:
         raise InputError(f"config.model: {first_line(error)}") from error
+    except OverflowError as error:
+        raise InputError("config.model: its layers are beyond any memory") from error
+
+
+@functools.lru_cache(maxsize=4)  # whoever builds a network asks for its shapes soon after
+def _shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
+    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), x, t)["params"]
 
 
 def _common(config: ConfigDict, image_shape: tuple[int, int, int]) -> dict[str, Any]:

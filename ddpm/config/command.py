@@ -4,6 +4,7 @@ The experiments that come with the library can be named: --config=digits, in wha
 """
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from ddpm.config.keys import default
 from ddpm.config.tree import flatten, nearest
@@ -49,6 +50,11 @@ def parse(argv: Sequence[str], values: flags.FlagValues | None = None) -> flags.
     except Exception as error:  # whatever a config file does
         what = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(_error_of_file(error) or f"the config cannot be read: {what}") from error
+    if not isinstance(values["config"].value, ConfigDict):
+        raise InputError(
+            f"--config={config_file(argv)}: its get_config() must return a config, as "
+            "ddpm.config.default() does"
+        )
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}: options look like --workdir=runs/new")
     return values
@@ -58,7 +64,7 @@ def find_file(flag: str, given: str) -> str:
     """Returns FILE of FILE.py[:VARIANT], or of the NAME of one that comes with the library, with
     its variant. Raises InputError, with the names that there are, if there is none."""
     name, colon, variant = given.partition(":")
-    if Path(name).is_file():
+    if os.path.isfile(name):  # unlike Path's, not raising for a name that cannot be
         return given
     plain = name.removeprefix("./").removeprefix("configs/").removesuffix(".py")
     if plain in (known := names()):

@@ -24,6 +24,8 @@ def default() -> ConfigDict:
     config.data.channels = 3  # 1 or 3, for 'folder'
     config.data.flip = True  # random horizontal flips in training
     config.data.broken_images = "error"  # or 'skip', for 'folder'
+    config.data.background = "white"  # on which transparent pictures are composited
+    config.data.max_pixels = 50_000_000  # of a picture file; larger ones are broken
 
     config.model = ConfigDict()
     config.model.name = "unet"  # or "dit", a transformer

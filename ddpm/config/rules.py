@@ -3,6 +3,8 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from PIL import ImageColor
+
 from ddpm.config.keys import PARTS, default
 from ddpm.config.tree import flatten, nearest
 from ddpm.errors import InputError
@@ -42,6 +44,9 @@ def _check_type(key: str, value: Any, example: Any) -> None:
         isinstance(value, bool) and not isinstance(example, bool)
     ):
         raise InputError(f"config.{key} = {value!r}: must be of type {type(example).__name__}")
+    for number in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(number, int) and number.bit_length() > 63:  # Python may refuse to print it
+            raise InputError(f"config.{key}: a number of {number.bit_length()} bits: at most 63")
 
 
 # The largest numbers that are not refused at once: beyond them no memory holds what they ask for.
@@ -49,12 +54,20 @@ _MOST_COUNTED = 2**31 - 1  # by int32, as steps and samples are
 _MOST_IN_BATCH = 2**20
 _WIDEST = 2**14  # of one 3x3 convolution 10 GB, as of one side of an image
 _DEEPEST = 1000  # layers, or visits of one place
+_MOST_BLOCKS = 100  # of a level
 _MOST_NOISE_LEVELS = 10**6
 _LARGEST = 3.4e38  # in float32
 
 
 def _whole(least: int, most: int = _MOST_COUNTED) -> tuple[Any, str]:
     return lambda v: least <= v <= most, f"a whole number >= {least}, at most {most}"
+
+
+def _colour(v: str) -> bool:
+    try:
+        return len(ImageColor.getrgb(v)) == 3
+    except ValueError:
+        return False
 
 
 def _sizes(v: Any) -> bool:
@@ -113,12 +126,14 @@ _RULES: dict[str, tuple[Any, str]] = {
         lambda v: len(v) in (0, 2) and _sizes(v),
         f"() or (height, width), {_SIZES}",
     ),
+    "data.background": (_colour, "a colour, such as 'white', 'black' or '#808080'"),
+    "data.max_pixels": _whole(1),
     "model.channels": (
         lambda v: 4 <= v <= _WIDEST and v % 2 == 0,
         f"an even number >= 4, at most {_WIDEST}",
     ),
     "model.channel_multipliers": (lambda v: v and _sizes(v), f"a tuple of {_SIZES}"),
-    "model.num_res_blocks": _whole(1, _DEEPEST),
+    "model.num_res_blocks": _whole(1, _MOST_BLOCKS),
     "model.attention_resolutions": (_sizes, f"a tuple of {_SIZES}"),
     "model.dropout": _FRACTION,
     "model.num_groups": _whole(1, _WIDEST),

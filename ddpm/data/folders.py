@@ -1,17 +1,18 @@
 """A folder of images as a source."""
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ddpm.data import cache
-from ddpm.data.images import checked_size, extensions, read_image
+from ddpm.data.images import MAX_PIXELS, Transparency, checked_size, extensions, read_image
 from ddpm.data.sources import MEMORY_BUDGET, EncodedSource, Source, decoded_once, in_blocks, mapped
 from ddpm.errors import InputError
 
@@ -24,6 +25,8 @@ def folder(
     *,
     channels: int = 3,
     broken: str = "error",
+    background: str = "white",
+    max_pixels: int = MAX_PIXELS,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Source:
     """Returns the images below a folder, of any size and format that Pillow reads, in order of
@@ -32,7 +35,9 @@ def folder(
     Each is cropped and resized to image_size (height, width), or, without it, must be as large as
     the first. channels is 1 or 3. Where every image is in a sub-folder, the outermost ones, in
     order of their names, are the classes. Hidden files and links to folders above are left out.
-    A broken image is an error, or, with broken='skip', left out with one line in the log.
+    A broken image, or one of more than max_pixels, is an error, or, with broken='skip', left out
+    with one line in the log. Transparency is composited on the background, a colour of Pillow's,
+    and one line in the log says so.
     Decoded images are cached on disk if they fit the budget (bytes), else decoded at each use.
     Raises InputError.
     """
@@ -43,15 +48,20 @@ def folder(
     image_size = checked_size(image_size)
     root = Path(path).expanduser()
     files = _list_images(root)
+    read = functools.partial(
+        read_image, channels=channels, background=background, max_pixels=max_pixels
+    )
     key = {"channels": channels, "size": image_size, "files": _fingerprint(root, files)}
+    key |= {"background": background, "max_pixels": max_pixels}
     classes = sorted({f.parts[0] for f in files}) if all(f.parts[1:] for f in files) else None
     if broken == "skip":
-        files = _readable(root, files, key, channels)
-    first = read_image(root / files[0], channels=channels, image_size=image_size).shape
+        files = _readable(root, files, key, read)
+    transparency = Transparency(root, background)
+    first = read(root / files[0], image_size=image_size).shape
     height, width, _ = first
 
     def decode(file: Path) -> np.ndarray:
-        image = read_image(root / file, channels=channels, image_size=image_size)
+        image = read(root / file, image_size=image_size, transparent=transparency)
         if image.shape != first:
             raise InputError(
                 f"{root / file} is {image.shape[0]}x{image.shape[1]} (height x width), "
@@ -70,7 +80,8 @@ def folder(
         fetch=lambda i: ([files[j] for j in i], None if label is None else label[i]),
         decode=decode,
     )
-    return decoded_once(source, root.resolve().name, {**key, "broken": broken}, memory_budget)
+    key |= {"broken": broken}
+    return decoded_once(source, root.resolve().name, key, memory_budget, transparency)
 
 
 def _list_images(root: Path) -> list[Path]:
@@ -110,12 +121,14 @@ def _fingerprint(root: Path, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _readable(root: Path, files: list[Path], key: Mapping[str, Any], channels: int) -> list[Path]:
+def _readable(
+    root: Path, files: list[Path], key: Mapping[str, Any], read: Callable[..., np.ndarray]
+) -> list[Path]:
     """Returns the files without the broken ones, found by decoding all, once, and reported."""
 
     def error(file: Path) -> str:
         try:
-            read_image(root / file, channels=channels, image_size=None)
+            read(root / file, image_size=None)
             return ""
         except InputError as broken:
             return str(broken)

@@ -1,14 +1,21 @@
 """One image file of any kind to one uint8 array: 8 bits, no transparency, cropped, resized."""
 
 import io
-from collections.abc import Sequence
+import logging
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ddpm.errors import InputError
+from ddpm.files.reading import unreadable
 
+MAX_PIXELS = 50_000_000  # of a file, by default: a whole picture is decoded before it is resized
+_STRIP = 2**20  # pixels converted at once
+_lock = threading.Lock()
+_log = logging.getLogger(__name__)
 # Registered by Pillow as readable, but stubs, or run by an outside program.
 _NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
@@ -30,23 +37,63 @@ def read_image(
     image_size: tuple[int, int] | None,
     name: str = "",
     background: str = "white",
+    max_pixels: int = MAX_PIXELS,
+    transparent: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Reads a file, or its bytes, as uint8[height, width, channels]; channels is 1 or 3.
 
-    EXIF orientation is applied, transparency composited on `background`, 16 bits scaled to 8; of
-    an animation the first frame is read. With image_size (height, width) the image is cropped to
-    that aspect ratio around its centre and resized. Raises InputError, with the name (by default
-    the path), where the image cannot be read.
+    EXIF orientation is applied, transparency composited on `background`, a colour of Pillow's, and
+    `transparent` called where there is some; 16 bits are scaled to 8; of an animation the first
+    frame is read. With image_size (height, width) the image is cropped to that aspect ratio around
+    its centre and resized. Raises InputError, with the name (by default the path), where the image
+    cannot be read, or has more than max_pixels.
     """
+    broken = f"{name or file!s}: cannot be read as an image"
+    if not isinstance(file, bytes) and (reason := unreadable(file)):
+        raise InputError(f"{broken} ({reason})")
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            flat = _flatten(ImageOps.exif_transpose(image), channels, background)
+        with _open(file) as image:
+            if image.width * image.height > max_pixels:
+                raise InputError(
+                    f"{name or file!s}: {image.width}x{image.height} pixels (width x height): "
+                    f"config.data.max_pixels = {max_pixels} at most; make it smaller, or raise that"
+                )
+            ImageOps.exif_transpose(image, in_place=True)
+            flat = _flatten(image, channels, background, transparent)
         if image_size is not None:
             flat = crop_and_resize(flat, image_size)
+    except InputError:
+        raise
     except Exception as error:  # Pillow's readers raise many kinds: OSError, SyntaxError, ..
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name or file!s}: cannot be read as an image ({reason})") from error
+        raise InputError(f"{broken} ({reason})") from error
     return np.asarray(flat, np.uint8).reshape(flat.height, flat.width, channels)
+
+
+class Transparency:
+    """A call for each picture with transparency: the first of them is reported, in the log."""
+
+    def __init__(self, where: object, background: str) -> None:
+        self.seen = False
+        self._said = (
+            f"{where}: transparent pictures are put on {background}, config.data.background"
+        )
+
+    def __call__(self) -> None:
+        with _lock:
+            first, self.seen = not self.seen, True
+        if first:
+            _log.warning(self._said)
+
+
+def _open(file: Path | bytes) -> Image.Image:
+    """Opens an image without Pillow's own limit of pixels, a warning and then an error."""
+    with _lock:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def checked_size(image_size: Sequence[int] | None) -> tuple[int, int] | None:
@@ -76,14 +123,26 @@ def crop_and_resize(image: Image.Image, image_size: tuple[int, int]) -> Image.Im
     return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
-def _flatten(image: Image.Image, channels: int, background: str) -> Image.Image:
-    """Converts any mode of Pillow's to 'L' or 'RGB'."""
-    if image.mode[0] in "IF":
-        image = _eight_bits(image)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert("L" if channels == 1 else "RGB")
+def _flatten(
+    image: Image.Image, channels: int, background: str, transparent: Callable[[], None]
+) -> Image.Image:
+    """Converts any mode of Pillow's to 'L' or 'RGB', in strips, whose copies take little memory."""
+    mode, see_through = "L" if channels == 1 else "RGB", image.has_transparency_data
+    if image.mode == mode and not see_through:
+        image.load()
+        return image
+    flat, rows = Image.new(mode, image.size), max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if image.mode[0] in "IF":
+            strip = _eight_bits(strip)
+        elif see_through:
+            strip = strip.convert("RGBA")
+            if any(strip.getchannel("A").histogram()[:255]):
+                transparent()
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, background), strip)
+        flat.paste(strip.convert(mode), (0, top))
+    return flat
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -91,7 +150,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its pixels, of mode {image.mode}, are not of 8 or 16 bits")
-    return Image.fromarray(np.rint(values / 257.0).astype(np.uint8))
+    return Image.fromarray(np.rint(np.arange(65536) / 257).astype(np.uint8)[values])
 
 
 def check_image_shape(

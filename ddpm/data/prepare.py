@@ -100,7 +100,8 @@ def _check_requirements(builder: Any, name: str, manual: Path) -> None:
     if instructions and not (manual.is_dir() and any(manual.iterdir())):
         raise InputError(
             f"tfds set {name!r} has to be downloaded by hand, to {manual} (tfds says: "
-            f"{instructions}); then run `{catalogue.command(name)}`"
+            f"{instructions}); then run `{catalogue.command(name)}`",
+            longest=500,
         )
     needed = {"tensorflow": "tensorflow-cpu"}
     if builder.name == "lsun":  # its files are databases, which only this one reads
@@ -108,9 +109,9 @@ def _check_requirements(builder: Any, name: str, manual: Path) -> None:
     missing = [package for module, package in needed.items() if not find_spec(module)]
     if missing:
         raise InputError(
-            f"tfds set {name!r} is not in {builder.data_dir_root}, and to prepare it (once, not "
-            f"to train) tfds needs TensorFlow: pip install {' '.join(missing)}, or run "
-            f"`{catalogue.command(name)}` where that is and copy FOLDER/{builder.name}"
+            f"tfds set {name!r} is not in {builder.data_dir_root}, and to prepare it, once, needs "
+            f"TensorFlow: pip install {' '.join(missing)}, or run `{catalogue.command(name)}` "
+            f"where that is and copy FOLDER/{builder.name}"
         )
 
 
@@ -124,7 +125,8 @@ def _check_network(urls: list[str], builder: Any, name: str, downloads: Path) ->
             f"tfds set {name!r} is not in {place}, and {urlsplit(urls[0]).netloc} cannot be "
             f"reached to download it ({why}): where there is a network run "
             f"`{catalogue.command(name)}` and copy FOLDER/{builder.name} to {place}, or download "
-            f"{files} from {urls[0].rpartition('/')[0]} to {own}"
+            f"{files} from {urls[0].rpartition('/')[0]} to {own}",
+            longest=600,
         )
 
 

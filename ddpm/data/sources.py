@@ -3,10 +3,9 @@
 digits and npz make sources; so do folder and tfds, in modules of their own.
 """
 
+import contextlib
 import functools
 import os
-import struct
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ddpm.data import cache
-from ddpm.errors import InputError
+from ddpm.data.images import Transparency
+from ddpm.errors import InputError, first_line, listed
+from ddpm.files.arrays import npz_headers, read_npz
 from ddpm.files.progress import doing
 
 MEMORY_BUDGET = 4 * 2**30  # bytes of decoded images; a larger set is decoded at each use
@@ -108,41 +109,72 @@ def npz(path: str | Path, split: str = "") -> ArraySource:
     x_<split> and y_<split>; labels may be missing. Raises InputError naming what was found.
     """
     path = Path(path).expanduser()
-    arrays = _load_npz(path)
+    with _plain_arrays(path):
+        headers = npz_headers(path)
     names = [("images", "labels"), ("image", "label"), ("arr_0", "arr_1")]
     if split:
         names = [(f"x_{split}", f"y_{split}")]
-    found = ", ".join(f"{k}: {a.dtype}{list(a.shape)}" for k, a in arrays.items()) or "nothing"
-    pair = next(((i, j) for i, j in names if i in arrays), None)
+    found = listed([f"{name}: {header}" for name, header in headers.items()]) or "nothing"
+    pair = next(((i, j) for i, j in names if i in headers), None)
     if pair is None:
         wanted = " or ".join(i for i, _ in names)
         raise InputError(
             f"{path}: there is no array {wanted} (of images, uint8[n, height, width, channels]); "
             f"it holds {found}" + ("; data.split chooses x_<split>" if not split else "")
         )
-    image, label = np.ascontiguousarray(arrays[pair[0]]), arrays.get(pair[1])
-    if image.ndim == 3:
-        image = image[..., None]
-    right = image.dtype == np.uint8 and image.ndim == 4 and image.shape[-1] in (1, 3)
-    if not right or not image.size:
+    of_image, of_label = headers[pair[0]], headers.get(pair[1])
+    shape = of_image.shape if len(of_image.shape) != 3 else (*of_image.shape, 1)
+    right = of_image.dtype == np.uint8 and len(shape) == 4 and shape[-1] in (1, 3)
+    if not right or not all(shape):
         raise InputError(
             f"{path}: {pair[0]} must be uint8 (0..255) of shape [n, height, width] or "
             f"[n, height, width, 1 or 3], channels last; it holds {found}"
         )
-    if label is None:
-        return ArraySource(image, None, None)
-    if label.shape != (len(image),) or label.dtype.kind not in "iu":
+    if of_label is None:
+        with _plain_arrays(path):
+            (image,) = read_npz(path, [of_image])
+        return ArraySource(_contiguous(image), None, None)
+    if of_label.shape != shape[:1] or of_label.dtype.kind not in "iu":
         raise InputError(f"{path}: {pair[1]} must be integers >= 0, [n]; it holds {found}")
+    with _plain_arrays(path):
+        image, label = read_npz(path, [of_image, of_label])
     if label.min() < 0 or label.max() >= np.iinfo(np.int32).max:
         raise InputError(
             f"{path}: {pair[1]} holds {label.min()}..{label.max()}: labels must be in 0..2^31 - 2"
         )
-    return ArraySource(image, label.astype(np.int32), int(label.max()) + 1)
+    return ArraySource(_contiguous(image), label.astype(np.int32), int(label.max()) + 1)
 
 
-def decoded_once(source: Source, name: str, key: Mapping[str, Any], memory_budget: int) -> Source:
+@contextlib.contextmanager
+def _plain_arrays(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # not a zip, cut short, an .npy, pickled objects, ..
+        raise InputError(
+            f"{path}: cannot be read as an .npz of plain arrays ({first_line(error)})"
+        ) from error
+
+
+def _contiguous(image: np.ndarray) -> np.ndarray:
+    """Returns images with an axis of channels, in C order."""
+    image = np.ascontiguousarray(image)
+    return image if image.ndim == 4 else image[..., None]
+
+
+def decoded_once(
+    source: Source,
+    name: str,
+    key: Mapping[str, Any],
+    memory_budget: int,
+    transparency: Transparency | None = None,
+) -> Source:
     """Returns the same source over a memory-mapped cache of its decoded images, if within the
-    budget."""
+    budget.
+
+    `transparency`, which decoding reports, is reported of cached images too.
+    """
     if len(source) * int(np.prod(source.image_shape)) > memory_budget:
         return source
 
@@ -150,49 +182,15 @@ def decoded_once(source: Source, name: str, key: Mapping[str, Any], memory_budge
         for indices in in_blocks(len(source), name):
             image, label = source.read(indices)
             yield {"image": image} if label is None else {"image": image, "label": label}
+        if transparency is not None:
+            yield {"transparent": np.array([transparency.seen])}
 
     arrays = cache.cached(name, key, blocks)
     if arrays is None:
         return source
+    if transparency is not None and arrays["transparent"].any():
+        transparency()
     return ArraySource(arrays["image"], arrays.get("label"), source.num_classes)
-
-
-def _load_npz(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
-    try:
-        with zipfile.ZipFile(path) as archive, np.load(path) as file:
-            if archive.testzip():
-                raise ValueError("its bytes are not what its checksums say")
-            infos = archive.infolist()
-            names = [info.filename.removesuffix(".npy") for info in infos]
-            mapped = [_memory_mapped(path, info) for info in infos]
-            return {
-                k: file[k] if array is None else array
-                for k, array in zip(names, mapped, strict=True)
-            }
-    except Exception as error:  # not a zip, cut short, an .npy, pickled objects, ..
-        raise InputError(f"{path}: cannot be read as an .npz of plain arrays ({error})") from error
-
-
-def _memory_mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
-    """Returns a member of an .npz where it lies in the file; None where it is compressed or no
-    plain array.
-
-    So a set larger than the memory can be read from.
-    """
-    if info.compress_type != zipfile.ZIP_STORED:
-        return None
-    with path.open("rb") as file:
-        file.seek(info.header_offset + 26)  # of zip's local header: the lengths of name and extra
-        file.seek(info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))))
-        if np.lib.format.read_magic(file) != (1, 0):
-            return None
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if fortran or dtype.hasobject or not all(shape):
-            return None
-        # Without the subclass np.memmap, whose every slice pays for being one.
-        return np.memmap(path, dtype, "r", file.tell(), shape).view(np.ndarray)
 
 
 def in_blocks(n: int, name: str) -> Iterator[np.ndarray]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ddpm.data import catalogue
-from ddpm.data.images import checked_size, read_image
+from ddpm.data.images import MAX_PIXELS, Transparency, checked_size, read_image
 from ddpm.data.sources import MEMORY_BUDGET, EncodedSource, Source, decoded_once
 from ddpm.errors import InputError
 
@@ -17,6 +17,8 @@ def tfds(
     data_dir: str | Path | None = None,
     image_size: tuple[int, int] | None = None,
     *,
+    background: str = "white",
+    max_pixels: int = MAX_PIXELS,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Source:
     """Returns a set by its name, 'cifar10' or 'celeb_a_hq/256', prepared first where it is not yet
@@ -25,7 +27,9 @@ def tfds(
     split is one of the set's, or what tfds makes of them: 'train[:10%]', 'train+test'. data_dir is
     the folder that holds (or will hold) <name>/<version>; by default tfds' own. The feature 'image'
     is read, grey or (whatever else it has) in three channels, and 'label' where it is a class.
-    Images are cropped and resized only to an image_size (height, width) that is not their own.
+    Transparency is composited on the background, which the log says once; images of more than
+    max_pixels are refused. Images are cropped and resized only to an image_size (height, width)
+    that is not their own.
     Decoded images are cached on disk if they fit the budget (bytes), else decoded at each use.
     Raises InputError.
     """
@@ -35,12 +39,18 @@ def tfds(
         from ddpm.data.prepare import prepare  # it is also a command, so not imported by others
 
         builder = prepare(name, data_dir)
+    how = {"background": background, "max_pixels": max_pixels}
     with catalogue.quiet():
-        return _read(builder, name, split, image_size, memory_budget)
+        return _read(builder, name, split, image_size, memory_budget, how)
 
 
 def _read(
-    builder: Any, name: str, split: str, image_size: tuple[int, int] | None, memory_budget: int
+    builder: Any,
+    name: str,
+    split: str,
+    image_size: tuple[int, int] | None,
+    memory_budget: int,
+    how: dict[str, Any],
 ) -> Source:
     library = catalogue.import_tfds()
     try:
@@ -56,6 +66,8 @@ def _read(
     if not len(records):
         raise InputError(f"tfds set {name!r}: the split {split!r} has no examples")
     raw = {"image": library.decode.SkipDecoding()}
+    how = {"channels": shape[2], "image_size": image_size, **how}
+    transparency = Transparency(f"{name}, {split}", how["background"])
 
     def fetch(indices: np.ndarray) -> tuple[list[Any], np.ndarray | None]:
         found = [
@@ -68,7 +80,7 @@ def _read(
     def decode(encoded: tuple[int, bytes]) -> np.ndarray:
         index, file = encoded
         where = f"example {index} of {builder.data_dir}, {split}"
-        image = read_image(file, channels=shape[2], image_size=image_size, name=where)
+        image = read_image(file, name=where, transparent=transparency, **how)
         if image.shape != shape:
             raise InputError(
                 f"{where}: is {list(image.shape)}, others {list(shape)}: set image_size"
@@ -85,7 +97,8 @@ def _read(
     files = sorted({str(i.filename) for i in instructions})
     stats = [(f, Path(f).stat().st_size, Path(f).stat().st_mtime_ns) for f in files]
     key = {"tfds": builder.info.full_name, "split": split, "shape": shape, "files": stats}
-    return decoded_once(source, f"{name}-{split}", key, memory_budget)
+    key |= {"background": how["background"]}
+    return decoded_once(source, f"{name}-{split}", key, memory_budget, transparency)
 
 
 def _features(

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ddpm.errors import InputError, path_error
 from ddpm.evaluation.inception import SIDE, Inception
 from ddpm.files.atomic import write_atomically
-from ddpm.files.tensors import Tensors, read_tensors
+from ddpm.files.tensors import Tensors, finite_float32, read_tensors
 
 WHERE = (
     "the weights are pt_inception-2015-12-05-6726825d.pth, of the releases of "
@@ -110,9 +110,10 @@ def _checked(path: Path, tensors: Tensors) -> Tensors:
                 f"{path}: {name} is {x.dtype}{list(x.shape)}, not that of FID's Inception (that of "
                 f"torchvision is another); {WHERE}"
             )
-        if not np.isfinite(x).all() or (name.endswith("running_var") and x.min() < 0):
+        values = finite_float32(x)
+        if values is None or (name.endswith("running_var") and values.min() < 0):
             raise InputError(f"{path}: {name} holds values that no trained network has; {WHERE}")
-        found[name] = np.ascontiguousarray(x, np.float32)
+        found[name] = values
     return found
 
 

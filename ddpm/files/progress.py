@@ -11,6 +11,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from ddpm.errors import printable
+
 SILENCE_S = 8.0  # at most, where there is no terminal
 _TICK_S = 1.0
 
@@ -23,7 +25,7 @@ _lock = threading.Lock()
 def say(text: str) -> None:
     """Prints one line on standard error, above the bars."""
     global _spoke
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(printable(text), file=sys.stderr)
     sys.stderr.flush()
     _spoke = time.monotonic()
 

@@ -74,16 +74,30 @@ _VARIANCES = {"fixed_small": "fixed_small", "fixed_small_log": "fixed_small",
 _SCHEDULES = {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine"}
 
 
+# Our own, which diffusers passes over for its underscore: config.training.label_dropout, 0 for a
+# table of labels without a row for 'no label'.
+LABEL_DROPOUT = "_label_dropout"
+
+
 class ModelSettings(NamedTuple):
-    """keys of config.model, all but dropout and dtype; (height, width, channels) of the images."""
+    """keys of config.model, all but dropout and dtype; (height, width, channels) of the images; and
+    config.training.label_dropout, 0 for weights without a row for 'no label', and whether they
+    said so."""
 
     model: dict[str, Any]
     image_shape: tuple[int, int, int]
+    label_dropout: float
+    said: bool
 
 
-def model_settings(unet: Mapping[str, Any], path: object) -> ModelSettings:
+def model_settings(
+    unet: Mapping[str, Any], path: object, label_dropout: float = 0.1
+) -> ModelSettings:
     """Reads a UNet2DModel's config.json; InputError, which names `path`, for what cannot be
-    represented."""
+    represented.
+
+    Where that does not say whether there is a row for 'no label', `label_dropout` does.
+    """
     kind = unet.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise InputError(f"{path}: a {kind}; only a UNet2DModel can be read")
@@ -138,9 +152,17 @@ def model_settings(unet: Mapping[str, Any], path: object) -> ModelSettings:
     with_attention = {channels[-1], *(n for n, a in zip(channels, attends, strict=True) if a)}
     if heads is not None and (not whole(heads) or any(n % heads for n in with_attention)):
         raise refuse("attention_head_dim", f"null or a divisor of {sorted(with_attention)}")
-    labels = c["num_class_embeds"]
-    if labels is not None and not (whole(labels) and labels > 1):
-        raise refuse("num_class_embeds", "null, or the number of classes and one for no label")
+    said = c.get(LABEL_DROPOUT, label_dropout)
+    if not isinstance(said, int | float) or isinstance(said, bool) or not 0 <= said < 1:
+        raise refuse(LABEL_DROPOUT, "in [0, 1)")
+    if (said > 0) != (label_dropout > 0):  # otherwise both mean the same table
+        label_dropout = float(said)
+    labels, without = c["num_class_embeds"], int(label_dropout > 0)
+    if labels is not None and not (whole(labels) and labels > without):
+        allowed = "null, or the number of classes"
+        if without:
+            allowed += " and one for no label (--config.training.label_dropout=0: of classes alone)"
+        raise refuse("num_class_embeds", allowed)
     model = {
         "channels": channels[0],
         "channel_multipliers": tuple(n // channels[0] for n in channels),
@@ -152,11 +174,11 @@ def model_settings(unet: Mapping[str, Any], path: object) -> ModelSettings:
         "symmetric_downsampling": c["downsample_padding"] == 1,
         "cosines_first": c["flip_sin_to_cos"],
         "frequency_shift": int(c["freq_shift"]),
-        "num_classes": 0 if labels is None else labels - 1,
+        "num_classes": 0 if labels is None else labels - without,
         "scale_shift": scale_shift,
         **_PLAIN,
     }
-    return ModelSettings(model, (*sizes, c["in_channels"]))
+    return ModelSettings(model, (*sizes, c["in_channels"]), label_dropout, LABEL_DROPOUT in c)
 
 
 class NoiseSettings(NamedTuple):
@@ -208,6 +230,7 @@ def noise_settings(scheduler: Mapping[str, Any], path: object) -> NoiseSettings:
 def to_unet_config(config: ConfigDict, image_shape: tuple[int, int, int]) -> dict[str, Any]:
     """Returns config.json of the UNet2DModel that config.model is."""
     m, (height, width, channels) = config.model, image_shape
+    label_dropout = config.training.label_dropout
     sides = [min(height, width) // 2**i for i in range(len(m.channel_multipliers))]
     attn = ["Attn" if side in tuple(m.attention_resolutions) else "" for side in sides]
     return {
@@ -228,7 +251,8 @@ def to_unet_config(config: ConfigDict, image_shape: tuple[int, int, int]) -> dic
         "flip_sin_to_cos": m.cosines_first,
         "freq_shift": m.frequency_shift,
         "dropout": m.dropout,
-        "num_class_embeds": m.num_classes + 1 if m.num_classes else None,
+        "num_class_embeds": m.num_classes + (label_dropout > 0) if m.num_classes else None,
+        **({LABEL_DROPOUT: label_dropout} if m.num_classes else {}),
         **{key: allowed[0] for key, allowed in _UNET_FIXED.items()},
         "resnet_time_scale_shift": "scale_shift" if m.scale_shift else "default",
     }

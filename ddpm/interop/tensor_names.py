@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ddpm.errors import InputError
-from ddpm.files.tensors import Tensors
+from ddpm.files.tensors import Tensors, finite_float32
 
 Names = Callable[[str, int], str]  # of a layer of ours, "down_0_1/conv_1", and the number of levels
 
@@ -93,14 +93,15 @@ def to_params(tensors: Tensors, shapes: Any, path: object) -> Any:
     for name, place in places.items():
         x, shape = tensors[name], flat[place].shape
         if not jnp.issubdtype(x.dtype, jnp.floating) or _taken(x, place, shape).shape != shape:
-            wanted = list(_given(np.empty(shape, np.float32), place).shape)
+            wanted = list(_given(np.broadcast_to(np.float32(0), shape), place).shape)
             raise InputError(
                 f"{path}: {name} is {x.dtype}{list(x.shape)}, for these settings it must be of "
                 f"{wanted}"
             )
-        if not np.isfinite(x).all():
-            raise InputError(f"{path}: {name} holds values that are not finite")
-        found[place] = np.ascontiguousarray(_taken(x, place, shape), np.float32)
+        values = finite_float32(_taken(x, place, shape))
+        if values is None:
+            raise InputError(f"{path}: {name} holds values that are not finite in float32")
+        found[place] = values
     return unflatten_dict(found)
 
 

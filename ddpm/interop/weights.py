@@ -7,10 +7,14 @@ samples = built.generator(mesh, 64).samples(found.params, 64, seed=0)
 
 import contextlib
 import json
+import os
 import re
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm.build.experiment import Experiment, build
@@ -19,11 +23,20 @@ from ddpm.config import default, with_settings
 from ddpm.errors import InputError, first_line, path_error
 from ddpm.files.atomic import write_atomically
 from ddpm.files.progress import say
-from ddpm.files.tensors import READERS, Tensors, read_tensors, sha256
+from ddpm.files.reading import parse_json, read_json
+from ddpm.files.tensors import READERS, Tensors, read_sharded, read_tensors, sha256
 from ddpm.interop import settings
 from ddpm.interop.tensor_names import is_authors, to_params, to_tensors
 
-_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# As diffusers names them, in the order of preference: full precision before half, a file before
+# the index of several.
+_STEM = "diffusion_pytorch_model"
+_WEIGHTS = tuple(
+    _STEM + name.format(kind)
+    for names in (("{}", "{}.index.json"), (".fp16{}", "{}.index.fp16.json", ".fp16{}.index.json"))
+    for kind in (".safetensors", ".bin")
+    for name in names
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Published twice: at the end of training, and the average that the papers' figures are of.
 _NOT_AVERAGED = re.compile(r"ddpm-(cifar10-32|celebahq-256|church-256|bedroom-256|cat-256)")
@@ -75,21 +88,33 @@ def load(where: str | Path, config: ConfigDict | None = None) -> Imported:
         settings.check_network(config)
         image_shape = _image_shape(found, config)
     else:
-        model = _settled(found.unet, settings.model_settings)
+        dropout = config.training.label_dropout
+        model = _settled(found.unet, partial(settings.model_settings, label_dropout=dropout))
         image_shape = model.image_shape
-        config = _with_settings(found, model.model, config)
+        config = _with_settings(found, model, config)
     try:
         built = build(config, image_shape)
     except InputError as error:
         raise InputError(f"{found.path}, by its settings: {error}") from error
-    shapes = check_model(built.model, image_shape)
-    params = to_params(found.tensors, shapes, found.path)
+    params = _params(found, built)
     name = str(where).removesuffix("/")
     if match := _NOT_AVERAGED.search(name):
         averaged = f"google/ddpm-ema-{match[1]}"
         worse = ", FID about 12 in place of 3.2" if "cifar" in name else ""
         say(f"warning: {name}: these weights are not averaged{worse}; {averaged} are")
     return Imported(config, image_shape, params, sha256(to_tensors(params)))
+
+
+def _params(found: _Found, built: Experiment) -> Any:
+    """Returns the parameters, a vector of zeros for 'no label' where the weights have none."""
+    shapes, classes = check_model(built.model, built.image_shape), built.config.model.num_classes
+    if not classes or built.config.training.label_dropout:
+        return to_params(found.tensors, shapes, found.path)
+    table = shapes["label"]["embedding"]
+    rows = {"embedding": jax.ShapeDtypeStruct((classes, table.shape[1]), table.dtype)}
+    params = to_params(found.tensors, {**shapes, "label": rows}, found.path)
+    params["label"]["embedding"] = np.pad(params["label"]["embedding"], ((0, 1), (0, 0)))
+    return params
 
 
 def export(out: Path, built: Experiment, params: Any) -> None:
@@ -105,6 +130,9 @@ def export(out: Path, built: Experiment, params: Any) -> None:
     unet = settings.to_unet_config(built.config, built.image_shape)
     scheduler = settings.to_scheduler_config(built.config, built.schedule)
     tensors = to_tensors(params)
+    if built.config.model.num_classes and not built.config.training.label_dropout:
+        table = "class_embedding.weight"
+        tensors[table] = np.ascontiguousarray(tensors[table][:-1])  # 'no label' was not learned
     try:
         if out.suffix == ".safetensors":
             parts = {"unet": unet, "scheduler": scheduler}
@@ -138,13 +166,13 @@ def check_out(out: Path) -> None:
 
 def _find(where: str | Path, config: ConfigDict) -> _Found:
     path = Path(where).expanduser()
-    if not path.exists() and _HUB_ID.fullmatch(str(where)) and path.suffix not in READERS:
+    if not os.path.exists(path) and _HUB_ID.fullmatch(str(where)) and path.suffix not in READERS:
         path = _from_hub(str(where))
     if path.is_dir():
         return _folder(path, config)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{path}: there is no such file or folder")
-    if (path.parent / "config.json").is_file() and path.name in _WEIGHTS:
+    if (path.parent / "config.json").is_file() and path.name.startswith(_STEM):
         return _folder(path.parent, config, path.name)
     tensors = read_tensors(path)
     about = _metadata(path) if path.suffix == ".safetensors" else {}
@@ -153,6 +181,8 @@ def _find(where: str | Path, config: ConfigDict) -> _Found:
             f"{path}: no settings in it, or next to it in config.json: name the folder that has "
             "both, or a file in the authors' layout"
         )
+    if isinstance(about.get("unet"), dict):  # what was written before this was said
+        about["unet"].setdefault(settings.LABEL_DROPOUT, 0.1)
     unet, scheduler = (
         _Settings(path, about[part]) if part in about else None for part in ("unet", "scheduler")
     )
@@ -170,20 +200,35 @@ def _folder(path: Path, config: ConfigDict, name: str = "") -> _Found:
     here = inner if inner.is_dir() else path
     if not (here / "config.json").is_file():
         raise InputError(f"{path}: neither config.json nor unet/config.json is there")
-    names = [n for n in _WEIGHTS if (here / n).is_file() and name in ("", n)]
+    names = [n for n in _WEIGHTS if os.path.exists(here / n) and name in ("", n)]
+    if not names and name:
+        raise InputError(f"{here / name}: one file of several, or of another use: name the folder")
     if not names:
-        raise InputError(f"{here}: there is none of {', '.join(_WEIGHTS)}")
-    unet = _read_json(here / "config.json")
+        raise InputError(
+            f"{here}: there is none of {_STEM}.safetensors and .bin, .fp16.safetensors and "
+            ".fp16.bin, or the .index.json of several"
+        )
+    unet = _Settings(here / "config.json", read_json(here / "config.json"))
     above = path.absolute().parents  # a checkpoint's scheduler is that of the whole training
     places = (path / "scheduler", path, *(folder / "scheduler" for folder in above[:2]))
     schedulers = [p for f in places if (p := f / "scheduler_config.json").is_file()]
-    scheduler = _read_json(schedulers[0]) if schedulers else None
-    return _Found(read_tensors(here / names[0]), here / names[0], unet, scheduler)
+    scheduler = _Settings(schedulers[0], read_json(schedulers[0])) if schedulers else None
+    read = read_sharded if names[0].endswith(".json") else read_tensors
+    return _Found(read(here / names[0]), here / names[0], unet, scheduler)
 
 
-def _with_settings(found: _Found, model: dict[str, Any], config: ConfigDict) -> ConfigDict:
+def _with_settings(found: _Found, model: settings.ModelSettings, config: ConfigDict) -> ConfigDict:
     """Returns the config with what came with the weights, saying what that changed."""
-    sections = {"model": model}
+    sections: dict[str, dict[str, Any]] = {"model": model.model}
+    if classes := model.model["num_classes"]:
+        sections["training"] = {"label_dropout": model.label_dropout}
+        if not model.said:
+            what = (
+                "then 'no label'; if all of its rows are classes: --config.training.label_dropout=0"
+                if model.label_dropout
+                else "and none for 'no label' (config.training.label_dropout = 0)"
+            )
+            say(f"{found.path}: its num_class_embeds: classes 0..{classes - 1}, {what}")
     if found.scheduler is None:
         say(f"{found.path}: no scheduler_config.json with it: config.diffusion is as it was")
     else:
@@ -245,8 +290,13 @@ def _from_hub(name: str) -> Path:
         ) from error
     try:
         here = [file.rfilename for file in model_info(name, timeout=10).siblings or ()]
-        kinds = ["*.json", "*.safetensors" if any(_WEIGHTS[0] in f for f in here) else "*.bin"]
-        return Path(snapshot_download(name, allow_patterns=kinds))
+        names = {PurePosixPath(file).name for file in here}
+        found = next((weights for weights in _WEIGHTS if weights in names), _STEM + ".bin")
+        kind = ".safetensors" if ".safetensors" in found else ".bin"
+        options: dict[str, Any] = {"allow_patterns": ["*.json", f"*{kind}"]}
+        if ".fp16" not in found and any(".fp16" in file for file in names):
+            options["ignore_patterns"] = ["*.fp16*"]
+        return Path(snapshot_download(name, **options))
     except Exception as error:  # no such repository, no network, no permission
         with contextlib.suppress(Exception):  # perhaps it was fetched before
             return Path(snapshot_download(name, local_files_only=True))
@@ -261,24 +311,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
     with safe_open(path, "np") as file:
         text = (file.metadata() or {}).get("ddpm", "{}")
-    return _parsed(text, path)
-
-
-def _read_json(path: Path) -> _Settings:
-    try:
-        return _Settings(path, _parsed(path.read_text(encoding="utf-8"), path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
-
-
-def _parsed(text: str, path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: its JSON cannot be read ({first_line(error)})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: its JSON is not an object")
-    return found
+    return parse_json(text, path)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpm.build.data import decoding
 from ddpm.config import TASKS, with_settings
 from ddpm.data.images import read_image
 from ddpm.diffusion.pixels import to_float, to_uint8
@@ -60,13 +61,18 @@ def edit(config: ConfigDict, workdir: Path, given: str, init_from: str = "", out
             f"config.model.low_resolution = {config.model.low_resolution}: this model enlarges, "
             "and does not edit: see --mode=sample with config.sampling.low_resolution_images"
         )
-    read = pictures_at(given, "--input")
+    read = pictures_at(given, "--input", decoding(config))
     run = load_run(config, workdir, "edit", init_from)
-    s = run.built.config.sampling
+    s, trained = run.built.config.sampling, run.built.config
     if s.guidance_scale != 1 and s.label < 0:
         raise InputError(
             f"config.sampling.guidance_scale = {s.guidance_scale}: say towards which class the "
             "pictures are edited, with config.sampling.label"
+        )
+    if trained.model.num_classes and not trained.training.label_dropout and s.label < 0:
+        raise InputError(
+            "config.sampling.label = -1: say of which class the pictures are: the model never "
+            "learned to do without a label (config.training.label_dropout = 0)"
         )
     folder = Path(out).expanduser() if out else workdir / "edits"
     check_writable(folder)
@@ -100,7 +106,8 @@ def _keep(run: Run) -> np.ndarray:
     e, (height, width, _) = run.built.config.editing, run.built.image_shape
     if e.mask:
         file = Path(e.mask).expanduser()
-        mask = read_image(file, channels=1, image_size=None, background="black")
+        most = run.built.config.data.max_pixels
+        mask = read_image(file, channels=1, image_size=None, background="black", max_pixels=most)
         if mask.shape[:2] != (height, width):
             raise InputError(
                 f"config.editing.mask = {e.mask!r} is {by(mask.shape[:2])}, the model's images "

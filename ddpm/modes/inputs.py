@@ -1,35 +1,40 @@
 """Input pictures of a mode: files, a folder, or an .npz; and the images to enlarge."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ddpm.build.conditioning import small_size
-from ddpm.build.data import held_out
+from ddpm.build.data import decoding, held_out
 from ddpm.build.data import source as data_source
 from ddpm.build.experiment import Experiment
 from ddpm.data import sources
 from ddpm.data.folders import folder
-from ddpm.data.images import check_image_shape, read_image
+from ddpm.data.images import Transparency, check_image_shape, read_image
 from ddpm.diffusion.network_inputs import averaged
 from ddpm.diffusion.pixels import to_float
 from ddpm.errors import InputError
 
 
-def pictures_at(given: str, said: str) -> Callable[[tuple[int, int, int]], np.ndarray]:
+def pictures_at(
+    given: str, said: str, how: Mapping[str, Any]
+) -> Callable[[tuple[int, int, int]], np.ndarray]:
     """Returns a function from [H, W, C] to the pictures named by `given`, uint8[n, H, W, C].
 
-    Raises InputError, which begins with the flag or key `said`, at once for a missing file.
+    `how` is the decoding of `ddpm.build.data`. Raises InputError, which begins with the flag or key
+    `said`, at once for a missing file.
     """
     paths = [Path(p).expanduser() for p in ([given] if Path(given).exists() else given.split(","))]
     for path in paths:
         if not path.exists():
             raise InputError(f"{said}: {path}: there is no such file or folder")
 
+    transparency = Transparency(said, how["background"])
+
     def read(shape: tuple[int, int, int]) -> np.ndarray:
-        return np.concatenate([_read(path, shape, said) for path in paths])
+        return np.concatenate([_read(path, shape, said, how, transparency) for path in paths])
 
     return read
 
@@ -52,7 +57,8 @@ def with_small_images(built: Experiment, most: int) -> Experiment:
     size = small_size(config, built.image_shape)
     given = config.sampling.low_resolution_images
     if given:
-        read = pictures_at(given, "config.sampling.low_resolution_images")
+        said = "config.sampling.low_resolution_images"
+        read = pictures_at(given, said, decoding(config))
         small = to_float(read((*size, built.image_shape[-1]))[:most])
     else:
         source = held_out(config) or data_source(config)
@@ -68,10 +74,16 @@ def with_small_images(built: Experiment, most: int) -> Experiment:
     return built._replace(small_images=small)
 
 
-def _read(path: Path, shape: tuple[int, int, int], said: str) -> np.ndarray:
+def _read(
+    path: Path,
+    shape: tuple[int, int, int],
+    said: str,
+    how: Mapping[str, Any],
+    transparency: Transparency,
+) -> np.ndarray:
     size, channels = shape[:2], shape[2]
     if path.is_dir():
-        source: Any = folder(path, size, channels=channels, memory_budget=0)
+        source: Any = folder(path, size, channels=channels, memory_budget=0, **how)
     elif path.suffix.lower() == ".npz":
         source = sources.npz(path)
         check_image_shape(
@@ -82,5 +94,7 @@ def _read(path: Path, shape: tuple[int, int, int], said: str) -> np.ndarray:
             advice="; only pictures and folders are resized",
         )
     else:
-        return read_image(path, channels=channels, image_size=size)[None]
+        return read_image(
+            path, channels=channels, image_size=size, transparent=transparency, **how
+        )[None]
     return source.read(np.arange(len(source))).image

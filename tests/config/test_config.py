@@ -44,7 +44,8 @@ def test_numbers_that_no_memory_holds_are_refused(key):
         wrong = (10**12,) * max(1, len(example))
     else:
         wrong = 10**12 if isinstance(example, int) else 10**400
-    with pytest.raises(InputError, match=f"config.{key} = .*: must be .*[0-9]"):
+    said = f"config.{key}( = .*: must be .*[0-9]|: a number of 1329 bits: at most 63)"
+    with pytest.raises(InputError, match=said):
         check_values(changed(**{key.replace(".", "__"): wrong}), {})
 
 
@@ -112,7 +113,12 @@ def test_defaults_are_valid_and_survive_json():
         ({"training__label_dropout": 1.0}, r"must be in \[0, 1\)"),
         ({"data__image_size": (32,)}, r"must be \(\) or \(height, width\)"),
         ({"data__broken_images": "ignore"}, r"must be one of error, skip"),
+        ({"data__background": "whit"}, r"must be a colour, such as 'white', 'black' or '#808080'"),
+        ({"data__background": "#ffffff00"}, r"must be a colour"),
+        ({"data__max_pixels": 0}, r"must be a whole number >= 1"),
         ({"seed": -1}, r"config.seed = -1"),
+        ({"training__steps": 10**400}, r"training\.steps: a number of 1329 bits: at most 63"),
+        ({"comparison__steps": (5, 2**64)}, r"comparison\.steps: a number of 65 bits: at most 63"),
     ],
 )
 def test_wrong_value_is_named(change, said):

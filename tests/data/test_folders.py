@@ -1,5 +1,6 @@
 """A folder of images of all kinds: modes, orientation, cropping, classes, broken files."""
 
+import io
 import logging
 import os
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm.data import ArraySource, EncodedSource, folder
+from ddpm.config import default
+from ddpm.data import ArraySource, EncodedSource, folder, images
 from ddpm.data.images import read_image
 from ddpm.errors import InputError
+from ddpm.modes.inputs import pictures_at
 
 
 def noise(height, width, channels=3, seed=0):
@@ -137,6 +140,95 @@ def test_transparency_shows_white(tmp_path):
     image = read(save(tmp_path / "c.png", palette, transparency=0))
     assert image[0, 0].tolist() == [255, 255, 255]
     assert image[1, 1].tolist() == [40, 50, 60]
+
+
+def see_through(path, count=1):
+    """Pictures of which the upper half is not there."""
+    rgba = np.concatenate([noise(4, 4), np.full((4, 4, 1), 255, np.uint8)], axis=2)
+    rgba[:2, :, 3] = 0
+    for i in range(count):
+        save(path / f"{i}.png", rgba)
+    return rgba
+
+
+@pytest.mark.parametrize("budget", [0, 10**6])
+def test_transparency_shows_the_background_and_is_said_once(tmp_path, caplog, budget):
+    rgba = see_through(tmp_path, 3)
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        source = folder(tmp_path, background="#0a141e", memory_budget=budget)
+        for _ in range(2):
+            images = source.read(np.arange(3)).image
+        assert (images[:, :2] == [10, 20, 30]).all()
+        assert (images[:, 2:] == rgba[2:, :, :3]).all()
+        (record,) = caplog.records
+        assert "are put on #0a141e, config.data.background" in record.getMessage()
+    assert (folder(tmp_path).read(np.arange(3)).image[:, :2] == 255).all()
+
+
+def test_of_an_alpha_channel_without_effect_nothing_is_said(tmp_path, caplog):
+    save(tmp_path / "a.png", np.full((4, 4, 4), 255, np.uint8))
+    assert (folder(tmp_path).read(np.arange(1)).image == 255).all()
+    assert not caplog.records
+
+
+def test_input_pictures_too_are_put_on_the_background(tmp_path, caplog):
+    see_through(tmp_path, 2)
+    how = {"background": "black", "max_pixels": 16}
+    for given in (tmp_path, f"{tmp_path / '0.png'},{tmp_path / '1.png'}"):
+        caplog.clear()
+        assert (pictures_at(str(given), "--input", how)((4, 4, 3))[:, :2] == 0).all()
+        assert len(caplog.records) == 1
+    with pytest.raises(InputError, match=r"config\.data\.max_pixels = 15 at most"):
+        pictures_at(str(tmp_path / "0.png"), "--input", how | {"max_pixels": 15})((4, 4, 3))
+
+
+def test_large_pictures_are_converted_as_small_ones(tmp_path, monkeypatch):
+    """In strips, of which the last is lower."""
+    for mode, size in (("RGBA", 4), ("LA", 2), ("I;16", 2), ("P", 1)):
+        image = Image.frombytes(mode, (7, 13), noise(13, 7 * size, 1).tobytes())
+        path = save(tmp_path / f"{mode}.png", image)
+        for channels in (1, 3):
+            whole = read(path, channels)
+            with monkeypatch.context() as patch:
+                patch.setattr(images, "_STRIP", 21)
+                np.testing.assert_array_equal(read(path, channels), whole)
+
+
+def screen(width, height):
+    """A GIF of one pixel on a screen of any size: Pillow makes a picture of that size."""
+    image = io.BytesIO()
+    Image.new("P", (1, 1)).save(image, "GIF")
+    data = bytearray(image.getvalue())
+    data[6:10] = np.array([width, height], "<u2").tobytes()
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("error")
+def test_pixels_are_bounded_before_they_are_decoded(tmp_path, monkeypatch):
+    (tmp_path / "a.gif").write_bytes(screen(65_535, 65_535))
+    said = r"a\.gif: 65535x65535 pixels .*config\.data\.max_pixels = 50000000 at most; make it"
+    with pytest.raises(InputError, match=said):
+        read(tmp_path / "a.gif")
+    with pytest.raises(InputError, match="7072x7071 pixels"):
+        read_image(screen(7072, 7071), channels=1, image_size=None, name="x")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # of Pillow's own nothing is seen
+    small = screen(7, 8)
+    assert read_image(small, channels=1, image_size=None, max_pixels=56).shape == (8, 7, 1)
+    with pytest.raises(InputError, match="max_pixels = 55"):
+        read_image(small, channels=1, image_size=None, max_pixels=55)
+    assert Image.MAX_IMAGE_PIXELS == 20
+    assert default().data.max_pixels == images.MAX_PIXELS == 50_000_000
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    save(tmp_path / "a.png", noise(4, 4))
+    os.mkfifo(tmp_path / "b.png")
+    with pytest.raises(InputError, match=r"b\.png: .*not a regular file, but a pipe"):
+        folder(tmp_path)
+    assert len(folder(tmp_path, broken="skip")) == 1
+    with pytest.raises(InputError, match=r"b\.png: .*not a regular file"):
+        read(tmp_path / "b.png")
 
 
 def test_pixels_that_are_not_eight_or_sixteen_bits_are_refused(tmp_path):

@@ -208,6 +208,11 @@ def with_nan(x):
             changed(**{"Mixed_5b.branch1x1.conv.weight": with_nan}),
             r"Mixed_5b\.branch1x1\.conv\.weight holds values that no trained network has",
         ),
+        (  # finite in float64, infinite in float32
+            "a.safetensors",
+            changed(**{"Conv2d_1a_3x3.bn.running_var": lambda x: x.astype(np.float64) + 1e39}),
+            "holds values that no trained network has",
+        ),
         (
             "a.safetensors",
             changed(**{"Conv2d_1a_3x3.bn.running_var": lambda x: -x}),

@@ -1,9 +1,12 @@
 """Weights of others in every format and layout, of the hub too, and files that are none."""
 
+import copy
+import json
 import pickle
 import shutil
 import sys
 import types
+import zipfile
 
 import jax
 import numpy as np
@@ -13,10 +16,12 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_of_torch
 
 from ddpm.config import default
+from ddpm.files.tensors import sha256
 from ddpm.interop import weights
 from tests.interop.theirs import UNETS, authors_names, change_json, make, old_names, refused
 
 BIN, SAFE = "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"
+FIRST = "diffusion_pytorch_model-00001-of-00002.safetensors"
 
 
 def same(found, expected):
@@ -72,6 +77,71 @@ def test_half_precision_is_read_as_float32(small, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"variant": "fp16"},
+        {"variant": "fp16", "safe_serialization": False},
+        {"max_shard_size": "200KB"},
+        {"max_shard_size": "200KB", "safe_serialization": False},
+        {"max_shard_size": "200KB", "variant": "fp16"},
+    ],
+    ids=str,
+)
+def test_variants_and_shards_as_diffusers_writes_them(small, tmp_path, options):
+    net, folder = small
+    if "variant" in options:
+        net = copy.deepcopy(net).half().float()
+    net.save_pretrained(tmp_path / "unet", **options)
+    state = {name: x.numpy() for name, x in net.state_dict().items()}
+    found = weights.load(tmp_path / "unet")
+    assert found.sha256 == sha256(state)
+    (named, *others) = sorted((tmp_path / "unet").glob("diffusion*"))
+    if others:
+        assert len(list((tmp_path / "unet").glob("*-of-*"))) > 1
+        refused(named, "one file of several, or of another use: name the folder")
+        (named,) = (tmp_path / "unet").glob("*.index.*")
+    assert weights.load(named).sha256 == found.sha256
+    # Full precision is taken where both are.
+    if "variant" in options:
+        shutil.copy(folder / "unet" / SAFE, tmp_path / "unet")
+        assert weights.load(tmp_path / "unet").sha256 == weights.load(folder).sha256
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (
+            lambda f, m: (f / FIRST).unlink(),
+            r"1 of its \d files are not next to it, the first",
+        ),
+        (lambda f, m: m.update({"conv_in.bias": f"../unet/{FIRST}"}), "names '../unet/diffusion"),
+        (lambda f, m: m.update({"conv_in.bias": "/etc/passwd"}), "names '/etc/passwd', which is"),
+        (lambda f, m: m.update({"conv_in.bias": ".."}), "files are not next to it, the first .."),
+        (lambda f, m: m.update({"conv_in.bias": 3}), "there is no weight_map, of tensors to files"),
+        (lambda f, m: m.clear(), "tensors are missing"),
+        (lambda f, m: m.pop("conv_in.bias"), "its tensors are not those that .* the first conv_in"),
+        (lambda f, m: m.update({"extra": FIRST}), "its tensors are not those that .* first extra"),
+        (lambda f, m: (f / FIRST).write_bytes(b""), FIRST + ": cannot be read as .safetensors"),
+    ],
+)
+def test_shards_that_do_not_fit_their_index(sharded, tmp_path, break_it, said):
+    folder = shutil.copytree(sharded, tmp_path / "unet")
+    index = folder / f"{SAFE}.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    break_it(folder, places)
+    index.write_text(json.dumps({"weight_map": places}))
+    refused(folder, said)
+
+
+@pytest.fixture(scope="module")
+def sharded(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded") / "unet"
+    small[0].save_pretrained(folder, max_shard_size="1500KB")
+    assert (folder / FIRST).exists()
+    return folder
+
+
 def test_a_checkpoint_of_the_training_script(small, tmp_path):
     """unet/ and unet_ema/, without a scheduler."""
     folder = small[1]
@@ -113,6 +183,21 @@ def torn(path, state):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def bomb(path, state):
+    """A small file that PyTorch would unpack to more than there is memory."""
+    torch.save(state, path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/zeros", bytes(2**20))
+        archive.filelist[-1].file_size = 2**50
+
+
+def with_great(path, state):
+    """Finite in float64, infinite in float32."""
+    changed = {k: v.numpy().astype(np.float64) for k, v in state.items()}
+    changed["conv_in.bias"][3] = 1e39
+    save_file(changed, path)
+
+
 def with_nan(path, state):
     changed = {k: v.numpy().copy() for k, v in state.items()}
     changed["conv_in.bias"][3] = np.nan
@@ -135,6 +220,10 @@ def with_nan(path, state):
         (SAFE, lambda p, _: save_file({"x": np.ones(1)}, p), "tensors are missing"),
         (SAFE, lambda p, _: p.write_bytes(b"\xff" * 99), r"cannot be read as \.safetensors"),
         (SAFE, with_nan, "conv_in.bias holds values that are not finite"),
+        (SAFE, with_great, "conv_in.bias holds values that are not finite in float32"),
+        (BIN, lambda p, s: torch.save({1: s["conv_in.bias"]}, p), "does not hold tensors by name"),
+        (BIN, lambda p, s: torch.save({"x": torch.ones(1).expand(2**30, 2**30)}, p), "unpacked, i"),
+        (BIN, bomb, "unpacked, it takes .* GB of memory"),
         ("other.txt", lambda p, _: p.write_text(""), "there is none of diffusion_pytorch_model"),
     ],
 )
@@ -186,8 +275,11 @@ def test_the_hub_gives_a_folder(small, monkeypatch, capsys):
         return str(small[1])
 
     files = ["config.json", f"unet/{SAFE}", f"unet/{BIN}"]
-    info = types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=f) for f in files])
-    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: info)
+
+    def model_info(name, **_):
+        return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=f) for f in files])
+
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     same(weights.load("google/ddpm-cifar10-32"), weights.load(small[1]))
     assert asked == [("google/ddpm-cifar10-32", {"allow_patterns": ["*.json", "*.safetensors"]})]
@@ -195,7 +287,16 @@ def test_the_hub_gives_a_folder(small, monkeypatch, capsys):
     assert len(warned) == 1
     assert "FID about 12" in warned[0]
     assert "google/ddpm-ema-cifar10-32" in warned[0]
-    weights.load("google/ddpm-ema-cifar10-32")
+    # What will be read is fetched, and no more: variants, and weights in several files.
+    safe, pickled = (["*.json", f"*{kind}"] for kind in (".safetensors", ".bin"))
+    for files[1:], patterns in (
+        (["unet/diffusion_pytorch_model.fp16.safetensors"], {"allow_patterns": safe}),
+        ([f"unet/{SAFE}.index.json", f"unet/{FIRST}"], {"allow_patterns": safe}),
+        ([f"{BIN}.index.json", "diffusion_pytorch_model.fp16.safetensors"],
+         {"allow_patterns": pickled, "ignore_patterns": ["*.fp16*"]}),
+    ):  # fmt: skip
+        weights.load("google/ddpm-ema-cifar10-32")
+        assert asked[-1][1] == patterns
     assert "not averaged" not in capsys.readouterr().err
 
 

@@ -1,19 +1,26 @@
 """Weights of others: each network against diffusers' own at the same random weights."""
 
+import json
 import os
 import shutil
 
 import jax
 import numpy as np
 import pytest
+import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from ddpm import fixed_large, fixed_small
 from ddpm.build import experiment
 from ddpm.build.schedule import noise_schedule
 from ddpm.config import default, with_settings
 from ddpm.diffusion.streams import sample_keys
+from ddpm.errors import InputError
+from ddpm.files.pictures import save_grid
 from ddpm.interop import settings, weights
+from ddpm.modes.edit import edit
 from ddpm.sampling.sample import sample
 from ddpm.sampling.samplers import ancestral, ddim, times
 from tests.interop.theirs import (
@@ -77,6 +84,67 @@ def test_labels_are_those_of_diffusers(tmp_path):
     np.testing.assert_array_equal(forward(back, x, [520, 7], [0, 2]),
                                   forward(net, x, [520, 7], [0, 2]))  # fmt: skip
     assert weights.load(tmp_path / "back").sha256 == found.sha256
+
+
+@pytest.mark.parametrize("rows", [10, 1])
+def test_every_row_is_a_class_where_the_config_says_so(tmp_path, capsys, rows):
+    """config.training.label_dropout = 0: there is no row for 'no label', and none is needed."""
+    net = make(UNETS["small_theirs"] | {"num_class_embeds": rows})
+    folder = save(net, tmp_path / "theirs")
+    config = default()
+    if rows == 1:
+        refused(folder, r"num_class_embeds = 1: .*--config\.training\.label_dropout=0")
+    else:
+        assert weights.load(folder).config.model.num_classes == rows - 1
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if "num_class_embeds" in x]
+        assert "num_class_embeds: classes 0..8, then 'no label'; " in line
+        assert line.endswith("--config.training.label_dropout=0")
+        config.sampling.guidance_scale, config.training.label_dropout = 2.0, 0.0
+        refused(folder, r"guidance_scale = 2.0: config.training.label_dropout = 0, so", config)
+        capsys.readouterr()
+    config.sampling.guidance_scale, config.training.label_dropout = 1.0, 0.0
+    config.sampling.label = rows - 1
+    found = weights.load(folder, config)
+    assert found.config.model.num_classes == rows
+    assert f"classes 0..{rows - 1}, and none for 'no label'" in capsys.readouterr().err
+    built, last = built_of(found), [rows - 1]
+    x = np.random.default_rng(1).normal(size=(1, *found.image_shape)).astype(np.float32)
+    got = jax.jit(built.model.apply)({"params": found.params}, x, np.array([520]), np.array(last))
+    np.testing.assert_allclose(got, forward(net, x, [520], last), rtol=0, atol=2e-5)
+    # What is exported says it itself, whatever the config says that reads it.
+    weights.export(tmp_path / "back", built, found.params)
+    again = weights.load(tmp_path / "back")
+    assert again.sha256 == found.sha256
+    assert (again.config.model.num_classes, again.config.training.label_dropout) == (rows, 0)
+    assert "num_class_embeds" not in capsys.readouterr().err
+    back = UNet2DModel.from_pretrained(tmp_path / "back" / "unet").state_dict()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in net.state_dict().items())
+    # Without a label nothing can be drawn.
+    config.sampling.label = -1
+    save_grid(tmp_path / "a.png", np.zeros((1, 8, 16, 1), np.uint8))
+    with pytest.raises(InputError, match="say of which class the pictures are"):
+        edit(config, tmp_path / "run", str(tmp_path / "a.png"), str(folder))
+
+
+def test_exported_labels_come_back_with_their_row_for_no_label(tmp_path, capsys):
+    """Whatever the config says that reads them; as do files of before this was written."""
+    net = make(UNETS["small_theirs"] | {"num_class_embeds": 4})
+    found = weights.load(save(net, tmp_path / "theirs"))
+    weights.export(tmp_path / "a.safetensors", built_of(found), found.params)
+    with safe_open(tmp_path / "a.safetensors", "np") as file:
+        about = json.loads(file.metadata()["ddpm"])
+    assert about["unet"].pop("_label_dropout") == 0.1
+    old = {"ddpm": json.dumps(about)}
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "old.safetensors", metadata=old)
+    capsys.readouterr()
+    config = default()
+    config.training.label_dropout = 0.0
+    for name in ("a.safetensors", "old.safetensors"):
+        again = weights.load(tmp_path / name, config)
+        assert again.config.model.num_classes == 3
+        assert again.config.training.label_dropout == 0.1
+        assert again.sha256 == found.sha256
+    assert "num_class_embeds" not in capsys.readouterr().err
 
 
 def of_full_size(*arguments):
@@ -219,6 +287,7 @@ REFUSED = [
     ("unet/config.json", {"attention_head_dim": 5}, "attention_head_dim = 5"),
     ("unet/config.json", {"num_class_embeds": 10}, "1 tensors are missing, the first class_emb"),
     ("unet/config.json", {"num_class_embeds": 1}, "num_class_embeds = 1: must be null, or the num"),
+    ("unet/config.json", {"_label_dropout": True}, "_label_dropout = True: must be in"),
     ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
     ("unet/config.json", {"downsample_type": "resnet"}, "downsample_type"),
     ("unet/config.json", {"upsample_type": "resnet"}, "upsample_type"),
