@@ -15,20 +15,25 @@ if __name__ == "__main__":
     if sys.path[0] == folder:  # started by its path: what is here must not hide other packages
         sys.path[0] = os.path.dirname(folder)
 
-    def stopped(*_: object) -> None:
-        os.write(2, b"error: stopped\n")
-        os._exit(130)
+    def end_at_once(code: int) -> None:
+        """Signals end the process with this code: in code that an exception would crash."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, lambda *_: end(code))
 
-    # While JAX is imported, which an exception from a handler would crash: nothing is lost yet.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
-            signal.signal(number, stopped)
+    def end(code: int) -> None:
+        if code == 130:
+            os.write(2, b"error: stopped\n")
+        os._exit(code)
+
+    end_at_once(130)  # while JAX is imported
 
     from ddpm.cli import run
 
     code = run(sys.argv)
+    sys.stdout.flush()
     if code:  # what was stopped anywhere may crash, or print tracebacks, as the interpreter ends
-        sys.stdout.flush()
         os._exit(code)
+    end_at_once(code)  # while the interpreter ends
     sys.exit(code)
