@@ -30,7 +30,10 @@ def parse(argv: Sequence[str], values: flags.FlagValues | None = None) -> flags.
         )
         rest = values(argv)
     except flags.Error as error:
-        raise InputError(_error_of_file(error) or str(error)) from error
+        text = str(error).strip()
+        if "Traceback (most recent call last)" in text:  # of the config file; its last line says it
+            text = f"--config={config_file(argv)}: {text.splitlines()[-1]}"
+        raise InputError(_error_of_file(error) or text) from error
     except (AttributeError, KeyError) as error:
         wrong = _wrong_key(argv) or f"the config cannot be read: {first_line(error)}"
         raise InputError(wrong) from error
