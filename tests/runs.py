@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from ddpm import cli
 from ddpm.build import experiment
+from ddpm.config import default
 from ddpm.training import sharding
 from ddpm.training.checkpoints import Checkpoints, items_of
 from ddpm.training.state import init
@@ -121,10 +121,17 @@ def wait_for(condition, seconds=120.0):
         time.sleep(0.05)
 
 
+def saved_config(workdir):
+    """The config in a run folder; keys that are newer than the run have their default."""
+    config = default()
+    with config.ignore_type():
+        config.update(json.loads((workdir / "config.json").read_text()))
+    return config
+
+
 def final_state(workdir):
     """(step, every array of the newest checkpoint), read by the config in the run folder."""
-    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    built = experiment.build(config, (8, 8, 1))
+    built = experiment.build(saved_config(workdir), (8, 8, 1))
     shapes = jax.eval_shape(
         lambda: init(
             built.model,

@@ -117,3 +117,10 @@ def test_networks_that_nothing_holds_are_refused(key, value, said):
     config.model[key] = value
     with pytest.raises(InputError, match=said):
         build(config, (32, 32, 3))
+
+
+def test_an_error_in_a_config_file_is_its_last_line(tmp_path, capsys):
+    (tmp_path / "a.py").write_text("def get_config():\n    raise ValueError('not so')\n")
+    assert cli.run(["main.py", f"--config={tmp_path / 'a.py'}"]) == cli.WRONG
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"error: --config={tmp_path / 'a.py'}: ValueError: not so"
