@@ -18,6 +18,7 @@ from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.errors import InputError
 from ddpm.evaluation.inception import RESIZES
 from ddpm.evaluation.shipped import SHIPPED
+from ddpm.models.remat import REMAT
 
 # The names that a key may have: the keys of the registry that makes something of them.
 CHOICES: dict[str, Collection[str]] = {
@@ -26,6 +27,7 @@ CHOICES: dict[str, Collection[str]] = {
     "model.up_down": UP_DOWN,
     "model.time_features": TIME_FEATURES,
     "model.dtype": DTYPES,
+    "model.remat": REMAT,
     "model.noise_input": NOISE_INPUTS,
     "diffusion.schedule": SCHEDULES,
     "diffusion.prediction": PREDICTIONS,
@@ -34,6 +36,7 @@ CHOICES: dict[str, Collection[str]] = {
     "training.loss_weight": WEIGHTS,
     "training.times": TIMES,
     "training.ema": EMAS,
+    "training.moments_dtype": DTYPES,
     "sampling.sampler": SAMPLERS,
     "sampling.variance": SAMPLING_VARIANCES,
     "sampling.grid": GRIDS,

@@ -200,6 +200,7 @@ def build(config: ConfigDict, image_shape: tuple[int, int, int]) -> Experiment:
         grad_clip=t.grad_clip,
         b2=t.adam_b2,
         weight_decay=t.weight_decay,
+        moments_dtype=t.moments_dtype,
     )
     aim, rates = objective(config, schedule), (ema_rate(config), other_ema_rates(config))
     return Experiment(config, schedule, model, optimizer, image_shape, aim, *rates)

@@ -114,5 +114,6 @@ def _common(config: ConfigDict, image_shape: tuple[int, int, int]) -> dict[str, 
         "fourier_range": range_of_t if TIME_FEATURES[m.time_features] else 0.0,
         "input_exponents": tuple(m.input_features),
         "add_input": m.add_input,
+        "remat": m.remat,
         **conditioning.network_inputs(config, channels),
     }

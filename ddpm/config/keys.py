@@ -36,6 +36,7 @@ def default() -> ConfigDict:
     config.model.dropout = 0.1
     config.model.num_groups = 32
     config.model.dtype = "float32"  # of the computation; "bfloat16": faster on GPUs and TPUs
+    config.model.remat = "none"  # to train in less memory: "blocks", or "full" for still less
     config.model.norm_epsilon = 1e-6
     config.model.head_channels = 0  # channels of each attention head; 0: a single head
     config.model.symmetric_downsampling = False
@@ -74,9 +75,11 @@ def default() -> ConfigDict:
     config.training = ConfigDict()
     config.training.steps = 800_000
     config.training.batch_size = 128  # total over all devices
+    config.training.accumulation = 1  # parts that a batch is taken in, for less memory
     config.training.learning_rate = 2e-4
     config.training.warmup_steps = 5000
     config.training.adam_b2 = 0.999
+    config.training.moments_dtype = "float32"  # of Adam's first moment; "bfloat16": less memory
     config.training.weight_decay = 0.0  # AdamW, in units of the learning rate
     config.training.grad_clip = 1.0  # global norm of the gradient; 0: not clipped
     config.training.loss = "mse"  # on what the network predicts; for eps, L_simple

@@ -13,7 +13,8 @@ _FREE = ("sampling.", "editing.", "comparison.", "evaluation.", "training.steps"
          "training.log_every", "training.sample_every", "training.checkpoint",
          "training.ema_snapshot_every")  # fmt: skip
 # Keys that the weights depend on from here on: a change is reported.
-_REPORTED = ("data.path", "data.broken_images", "data.max_pixels", "model.dtype",
+_REPORTED = ("data.path", "data.broken_images", "data.max_pixels", "model.dtype", "model.remat",
+             "training.accumulation",
              "training.learning_rate", "training.warmup_steps", "training.grad_clip")  # fmt: skip
 
 

@@ -11,7 +11,7 @@ however many devices, it is drawn. Keys of examples come first, then the numbers
     of a batch of data     NumPy's default_rng((seed, ..))              FLIPS
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,10 +35,15 @@ FLIPS = 1
 
 
 class StepKey(NamedTuple):
-    """The key of a training step: `draw` gives each of its uses one of its own."""
+    """The key of a training step: `draw` gives each of its uses one of its own.
+
+    Where the batch is taken in several `parts`, the key of one of them, number `part`.
+    """
 
     root: jax.Array
     step: jax.Array
+    part: jax.typing.ArrayLike = 0
+    parts: int = 1
 
 
 def check_key(key: Any) -> jax.Array:
@@ -58,6 +63,20 @@ def draw(key: jax.Array | StepKey, stream: int) -> jax.Array:
     if isinstance(key, StepKey):
         return jax.random.fold_in(jax.random.fold_in(key.root, stream), key.step)
     return jax.random.fold_in(check_key(key), stream)
+
+
+def of_batch(key: jax.Array | StepKey, n: int, draws: Callable[[int], Any]) -> Any:
+    """Returns draws(n), arrays [n, ...] for the examples of a batch; of the key of a part, those
+    that its n examples have in the whole batch."""
+    if not isinstance(key, StepKey) or key.parts == 1:
+        return draws(n)
+    return part_of(draws(n * key.parts), key.part, key.parts)
+
+
+def part_of(tree: Any, part: jax.typing.ArrayLike, parts: int) -> Any:
+    """Returns examples part, part + parts, .. of arrays [n, ...] in a tree: equally many of each
+    device's, over which batches are split."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:])[:, part], tree)
 
 
 def sample_keys(key: jax.Array, indices: jax.typing.ArrayLike) -> jax.Array:

@@ -4,6 +4,7 @@ Its fixed positions are no parameters here. With them, 256 x 1152 numbers, DiT-X
 32x32x4, 1000 classes and a learned variance has the 675,129,632 of the authors' own.
 """
 
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from ddpm.models.layers import (
     plus_input,
     time_embedding,
 )
+from ddpm.models.remat import rematerialized, rematerialized_within
 
 TIME_DIMENSION = 256  # of the sinusoids
 
@@ -87,6 +89,8 @@ class DiT(nn.Module):
       head_channels: of each head of attention; 0: one head of all channels.
       dropout: its rate within the perceptrons, in training.
       norm_epsilon: of every norm.
+      remat: what training computes again in the backward pass: "none"; "blocks", each block from
+        its input; or "full", each group of about sqrt(depth) blocks, and then each within.
       All others: those of the UNet.
     """
 
@@ -106,6 +110,7 @@ class DiT(nn.Module):
     fourier_range: float = 0.0
     input_exponents: Sequence[int] = ()
     add_input: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -128,7 +133,7 @@ class DiT(nn.Module):
         t = jnp.broadcast_to(t, x.shape[:1])
         batch, height, width, image_channels = x.shape
         rows, columns = self._patches(height, width)
-        size = self.patch_size
+        patch = self.patch_size
 
         if self.fourier_range:
             time = fourier_embedding(t / self.fourier_range, TIME_DIMENSION)
@@ -155,21 +160,34 @@ class DiT(nn.Module):
             condition_channels=self.condition_channels,
             exponents=self.input_exponents,
         )
-        h = seen.reshape(batch, rows, size, columns, size, -1).swapaxes(2, 3)
+        h = seen.reshape(batch, rows, patch, columns, patch, -1).swapaxes(2, 3)
         h = dense(self.channels, "patches", dtype=self.dtype)(h.reshape(batch, rows * columns, -1))
         h += positions(rows, columns, self.channels).astype(h.dtype)
 
         heads = self.channels // (self.head_channels or self.channels)
-        for i in range(self.depth):
-            block = DiTBlock(heads, self.dropout, self.dtype, self.norm_epsilon, name=f"block_{i}")
-            h = block(h, embedding, train)
+        of_blocks = rematerialized(DiTBlock) if train and self.remat != "none" else DiTBlock
+
+        def blocks(h: jax.Array, *, numbers: range) -> jax.Array:
+            for i in numbers:
+                name = f"block_{i}"
+                block = of_blocks(heads, self.dropout, self.dtype, self.norm_epsilon, name=name)
+                h = jnp.asarray(block(h, embedding, train=train))
+            return h
+
+        full = train and self.remat == "full"
+        size = math.isqrt(self.depth - 1) + 1 if full else self.depth  # of about as many groups
+        for i in range(0, self.depth, size):
+            numbers = range(i, min(i + size, self.depth))
+            names = {f"block_{number}" for number in numbers}
+            group = rematerialized_within(self, blocks, names.__contains__) if full else blocks
+            h = group(h, numbers=numbers)
 
         modulation = zero_dense(2 * self.channels, "modulation_out", dtype=self.dtype)
         shift, scale = jnp.split(modulation(nn.swish(embedding)), 2, axis=-1)
         h = modulated(h.astype(jnp.float32), shift, scale, self.norm_epsilon)
         channels = self.out_channels or image_channels
-        h = zero_dense(size * size * channels, "out", dtype=jnp.float32)(h)
-        h = h.reshape(batch, rows, columns, size, size, channels).swapaxes(2, 3)
+        h = zero_dense(patch * patch * channels, "out", dtype=jnp.float32)(h)
+        h = h.reshape(batch, rows, columns, patch, patch, channels).swapaxes(2, 3)
         h = h.reshape(batch, height, width, channels)
         return plus_input(h, x) if self.add_input else h
 

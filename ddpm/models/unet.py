@@ -5,6 +5,7 @@ From `norm_epsilon` on its settings are those in which networks trained by other
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,7 @@ from ddpm.models.layers import (
     plus_input,
     time_embedding,
 )
+from ddpm.models.remat import rematerialized, rematerialized_within
 
 
 def halved(x: jax.Array) -> jax.Array:
@@ -136,6 +138,8 @@ class UNet(nn.Module):
         0: sinusoids.
       input_exponents: n of the waves sin(2^n pi x) and cos(2^n pi x) that are seen with x.
       add_input: whether x is added to the output (Kingma et al. 2021).
+      remat: what training computes again in the backward pass, to hold less: "none"; "blocks", each
+        block from its input; or "full", each level from its inputs, and then each block within.
     """
 
     channels: int = 128
@@ -160,6 +164,7 @@ class UNet(nn.Module):
     fourier_range: float = 0.0
     input_exponents: Sequence[int] = ()
     add_input: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -207,13 +212,17 @@ class UNet(nn.Module):
             dtype=self.dtype,
         )
 
+        again = train and self.remat != "none"
+        of_blocks = rematerialized(ResBlock) if again else ResBlock
+        of_attention = rematerialized(AttentionBlock) if again else AttentionBlock
+
         def res_block(
             h: jax.Array,
             channels: int,
             name: str,
             resample: Callable[[jax.Array], jax.Array] | None = None,
         ) -> jax.Array:
-            block = ResBlock(
+            block = of_blocks(
                 channels,
                 self.dropout,
                 self.num_groups,
@@ -224,17 +233,18 @@ class UNet(nn.Module):
                 resample,
                 name=name,
             )
-            return block(h, embedding, train)
+            return jnp.asarray(block(h, embedding, train=train))
 
         def attention_block(h: jax.Array, name: str) -> jax.Array:
-            return AttentionBlock(
+            block = of_attention(
                 self.num_groups,
                 self.dtype,
                 self.norm_epsilon,
                 self.head_channels,
                 self.skip_scale,
                 name=name,
-            )(h)
+            )
+            return jnp.asarray(block(h))
 
         def block(h: jax.Array, level: int, name: str) -> jax.Array:
             h = res_block(h, self.channels * self.channel_multipliers[level], name)
@@ -253,6 +263,28 @@ class UNet(nn.Module):
                 return res_block(h, h.shape[-1], name, doubled)
             return conv3x3(h.shape[-1], name, dtype=self.dtype)(doubled(h))
 
+        def down_blocks(h: jax.Array, *, level: int) -> list[jax.Array]:
+            outputs = []
+            for i in range(self.num_res_blocks):
+                h = block(h, level, f"down_{level}_{i}")
+                outputs.append(h)
+            return outputs
+
+        def middle(h: jax.Array) -> jax.Array:
+            h = res_block(h, h.shape[-1], "middle_0")
+            h = attention_block(h, "middle_attention")
+            return res_block(h, h.shape[-1], "middle_1")
+
+        def up_blocks(h: jax.Array, *skips: jax.Array, level: int) -> jax.Array:
+            for i, skip in enumerate(skips):
+                h = block(jnp.concatenate([h, skip], axis=-1), level, f"up_{level}_{i}")
+            return h
+
+        def of_level(blocks: Callable[..., Any], prefix: str) -> Callable[..., Any]:
+            if not (train and self.remat == "full"):
+                return blocks
+            return rematerialized_within(self, blocks, lambda name: name.startswith(prefix))
+
         seen = concatenate_inputs(
             x,
             condition,
@@ -262,21 +294,17 @@ class UNet(nn.Module):
         h = conv3x3(self.channels, "conv_in", dtype=self.dtype)(seen)
         skips = [h]
         for level in levels:
-            for i in range(self.num_res_blocks):
-                h = block(h, level, f"down_{level}_{i}")
-                skips.append(h)
+            skips += of_level(down_blocks, f"down_{level}_")(h, level=level)
+            h = skips[-1]
             if level != levels[-1]:
                 h = down(h, f"downsample_{level}")
                 skips.append(h)
 
-        middle = h.shape[-1]
-        h = res_block(h, middle, "middle_0")
-        h = attention_block(h, "middle_attention")
-        h = res_block(h, middle, "middle_1")
+        h = of_level(middle, "middle_")(h)
 
         for level in reversed(levels):
-            for i in range(self.num_res_blocks + 1):
-                h = block(jnp.concatenate([h, skips.pop()], axis=-1), level, f"up_{level}_{i}")
+            taken = [skips.pop() for _ in range(self.num_res_blocks + 1)]
+            h = of_level(up_blocks, f"up_{level}_")(h, *taken, level=level)
             if level != levels[0]:
                 h = up(h, f"upsample_{level}")
 

@@ -85,6 +85,7 @@ def jitted_step(built: Experiment, mesh: Mesh) -> TrainStep:
             num_classes=config.model.num_classes,
             label_dropout=config.training.label_dropout,
             prepare=built.prepare,
+            accumulation=config.training.accumulation,
         ),
         in_shardings=(everywhere, everywhere, split, split),
         out_shardings=everywhere,

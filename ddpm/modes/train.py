@@ -52,7 +52,9 @@ def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     Leaves there: config.json, metrics.jsonl, losses.png, tensorboard/, samples/, checkpoints/.
     Raises InputError for what the user can mend, NotFinite if training diverged.
     """
-    sharding.check_batch_size(config.training.batch_size, "training.batch_size")
+    sharding.check_batch_size(
+        config.training.batch_size, "training.batch_size", config.training.accumulation
+    )
     given = weights.load(init_from, config) if init_from else None
     if given is not None:
         config = given.config

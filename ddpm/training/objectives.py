@@ -75,6 +75,26 @@ class Objective(Protocol):
         ...
 
 
+def times(
+    draw: Draw, history: Any, key: jax.Array | StepKey, n: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns t [n] and the factors of the losses in their mean, or None, drawn for a batch."""
+    drawn: tuple[jax.Array, jax.Array | None] = streams.of_batch(
+        key, n, lambda n: draw(history, streams.draw(key, streams.TIMES), n)
+    )
+    return drawn
+
+
+def noise_like(x_0: jax.Array, key: jax.Array | StepKey) -> jax.Array:
+    """Returns eps of the shape of a batch [n, ...]."""
+
+    def draws(n: int) -> jax.Array:
+        shape = (n, *x_0.shape[1:])
+        return jax.random.normal(streams.draw(key, streams.NOISE), shape, jnp.float32)
+
+    return jnp.asarray(streams.of_batch(key, len(x_0), draws))
+
+
 class GaussianObjective(NamedTuple):
     """The objective of a Gaussian diffusion.
 
@@ -96,23 +116,22 @@ class GaussianObjective(NamedTuple):
         self, network: Any, x_0: jax.Array, key: jax.Array | StepKey, history: Any = ()
     ) -> Losses:
         """Returns the losses of x_0 [B, ...] at t and eps drawn from the key."""
-        t, factor = self.draw(history, streams.draw(key, streams.TIMES), len(x_0))
+        t, factor = times(self.draw, history, key, len(x_0))
         return Losses(self.losses_at(network, x_0, t, key), t, factor)
 
     def losses_at(
         self, network: Any, x_0: jax.Array, t: jax.Array, key: jax.Array | StepKey
     ) -> jax.Array:
         """Returns the losses [B] at given times, eps drawn from the key."""
-        eps = jax.random.normal(streams.draw(key, streams.NOISE), x_0.shape, jnp.float32)
+        eps = noise_like(x_0, key)
         if not self.self_conditioning:
             return self.loss_at(self.denoiser(network), x_0, t, eps)
 
         def from_estimate(estimate: jax.Array | None) -> Denoiser:
             return self.denoiser(functools.partial(network, estimate=estimate))
 
-        coins = jax.random.bernoulli(
-            streams.draw(key, streams.COINS), jnp.float32(0.5), (len(x_0),)
-        )
+        flip, half = streams.draw(key, streams.COINS), jnp.float32(0.5)
+        coins = streams.of_batch(key, len(x_0), lambda n: jax.random.bernoulli(flip, half, (n,)))
         return self.loss_at(self_conditioned_by(from_estimate, coins), x_0, t, eps)
 
     def gradient(
@@ -161,7 +180,7 @@ class LearnedScheduleObjective(NamedTuple):
         self, network: Network, x_0: jax.Array, key: jax.Array | StepKey, history: Any = ()
     ) -> Losses:
         """Returns the losses by the schedule as it begins, without the end points' terms."""
-        t, _ = self.draw(history, streams.draw(key, streams.TIMES), len(x_0))
+        t, _ = times(self.draw, history, key, len(x_0))
         schedule = continuous.learned(self.begin)
         levels = Levels(schedule.log_snr(t), schedule.slope(t))
         return Losses(self.at(levels).losses_at(network, x_0, t, key), t * self.num_steps)
@@ -179,13 +198,13 @@ class LearnedScheduleObjective(NamedTuple):
         The end points descend the whole bound, the shape between them the variance of the losses.
         """
         parameters = MonotoneLogSNR(**params[LEARNED_SCHEDULE])
-        t, _ = self.draw(history, streams.draw(key, streams.TIMES), len(x_0))
+        t, _ = times(self.draw, history, key, len(x_0))
 
         def at_levels(params: Any, log_snr: jax.Array, slope: jax.Array) -> jax.Array:
             return self.at(Levels(log_snr, slope)).losses_at(network(params), x_0, t, key)
 
         def ends(parameters: MonotoneLogSNR) -> jax.Array:
-            eps = jax.random.normal(streams.draw(key, streams.NOISE), x_0.shape, jnp.float32)
+            eps = noise_like(x_0, key)
             return losses.ends_of_bound(continuous.learned(parameters), x_0, eps).mean()
 
         found = continuous.learned_gradients(at_levels, params, parameters, t)

@@ -35,13 +35,15 @@ def rounded_up(batch_size: int, mesh: Mesh) -> int:
     return -(-batch_size // devices) * devices
 
 
-def check_batch_size(batch_size: int, name: str) -> None:
-    """Raises InputError unless every device gets equally many examples."""
+def check_batch_size(batch_size: int, name: str, parts: int = 1) -> None:
+    """Raises InputError unless every device gets equally many examples, in each of the parts."""
     devices = jax.device_count()
-    if batch_size % devices:
+    if batch_size % (devices * parts):
+        times = f" times config.training.accumulation, {parts}" if parts > 1 else ""
+        nearest = max(1, round(batch_size / (devices * parts))) * devices * parts
         raise InputError(
-            f"config.{name} = {batch_size}: must be divisible by the number of devices, {devices}; "
-            f"the nearest is {max(1, round(batch_size / devices)) * devices}"
+            f"config.{name} = {batch_size}: must be divisible by the number of devices, {devices}"
+            f"{times}; the nearest is {nearest}"
         )
 
 
