@@ -107,7 +107,7 @@ def test_a_config_file_must_return_a_config(tmp_path, capsys, returned):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("channels", 2**40, "its layers are beyond any memory"),
+        ("channels", 2**40, "must be an even number >= 4, at most 16384"),
         ("num_res_blocks", 2**20, "must be a whole number >= 1, at most 100"),
         ("depth", 2**20, "must be a whole number >= 1, at most 1000"),
     ],
@@ -123,4 +123,4 @@ def test_an_error_in_a_config_file_is_its_last_line(tmp_path, capsys):
     (tmp_path / "a.py").write_text("def get_config():\n    raise ValueError('not so')\n")
     assert cli.run(["main.py", f"--config={tmp_path / 'a.py'}"]) == cli.WRONG
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"error: --config={tmp_path / 'a.py'}: ValueError: not so"
+    assert last == f"error: --config={tmp_path / 'a.py'}, line 2: ValueError: not so"

@@ -134,7 +134,7 @@ def test_public_functions_have_docstrings():
 
 
 def test_old_names_are_gone():
-    old = ("lift", "Guessing", "Beside", "Stride", "Stepped", "CLOSE_LEVELS", "_per_time",
+    old = ("Guessing", "Beside", "Stride", "Stepped", "CLOSE_LEVELS", "_per_time",
            "by_log_snr", "write_whole")  # fmt: skip
     for file in [*PROSE, *TESTS, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         words = set(re.findall(r"\w+", file.read_text()))

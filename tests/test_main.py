@@ -116,7 +116,10 @@ def test_run_folder_that_cannot_be_written(tmp_path):
 
 def test_an_output_that_cannot_be_written(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    fails(runs.command(tmp_path), f"{tmp_path / 'metrics.jsonl'}: Is a directory", "same command")
+    fails(
+        runs.command(tmp_path),
+        f"{tmp_path / 'metrics.jsonl'}: cannot be written, as it is a folder",
+    )
 
 
 def test_sampling_without_a_checkpoint(tmp_path):
@@ -209,7 +212,7 @@ def test_what_looks_like_a_mistake_is_reported_at_the_start(tmp_path, capsys, ch
     assert said in printed
     assert ": 6 parameters, float32, batch 64, sampler ancestral 20 steps, " in printed
     assert "1,438 images of 8x8x1; from the start, to step 2400" in printed
-    assert printed.count("\n") == 2 + bool(said)
+    assert printed.count("\n") == 1 + bool(said)
 
 
 def test_compiled_programs_are_kept_and_reported_once(tmp_path, monkeypatch):

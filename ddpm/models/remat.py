@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import lift
+from flax.core.lift import pack
 from flax.linen import transforms
 
 REMAT = ("none", "blocks", "full")
@@ -79,7 +79,7 @@ def _lifted(function: Callable[..., Any], uses: Callable[[str], bool] | None) ->
         kept.defvjp(forward, backward)
         return kept(used, rngs, arrays, outer)
 
-    return lift.pack(inner, (True,), (True,), (True,), name="remat", enable_kwargs=True)
+    return pack(inner, (True,), (True,), (True,), name="remat", enable_kwargs=True)
 
 
 def late(gradient: Callable[..., Any], *given: Any) -> Any:

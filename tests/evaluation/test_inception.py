@@ -224,7 +224,7 @@ def test_files_that_are_not_the_weights(safetensors, tmp_path, capsys, name, wri
     write(tmp_path / name, safetensors)
     with pytest.raises(InputError, match=said) as error:
         load_inception(tmp_path / name)
-    assert str(tmp_path / name) in str(error.value)
+    assert name in str(error.value)
     assert "pt_inception-2015-12-05-6726825d.pth" in str(error.value)
     assert "\n" not in str(error.value)
     assert "code was run" not in capsys.readouterr().out

@@ -300,7 +300,7 @@ REFUSED = [
     ("unet/config.json", {"norm_eps": "1e-6"}, "norm_eps = '1e-6': must be a number > 0"),
     ("unet/config.json", {"norm_eps": True}, "norm_eps = True: must be a number > 0"),
     ("unet/config.json", {"flip_sin_to_cos": "false"}, "flip_sin_to_cos = 'false': must be true"),
-    ("unet/config.json", {"sample_size": 10**6, "norm_num_groups": 5}, "do not divide"),
+    ("unet/config.json", {"sample_size": 10**6, "norm_num_groups": 5}, "at most 16384"),
     ("unet/config.json", {"layers_per_block": 2.5}, "layers_per_block"),
     ("unet/config.json", {"down_block_types": ["ResnetDownsampleBlock2D"] * 4}, "down_block_types"),
     ("unet/config.json", {"up_block_types": ["UpBlock2D"] * 4}, "mirror image"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm.modes import evaluate, sample, train
+from ddpm.modes import evaluate, sample, start, train
 from ddpm.training import memory
 from tests.runs import command, run
 from tests.test_main import fails
@@ -77,13 +77,13 @@ def test_what_cannot_fit_is_refused_before_it_is_compiled(tmp_path, monkeypatch)
 
 
 def test_what_may_not_fit_is_warned_of_and_traced_only_once(tmp_path, monkeypatch):
-    made, traced = train.make_train_step, []
+    made, traced = start.make_train_step, []
 
     def counted(*args, **options):
         step = made(*args, **options)
         return lambda *given: (traced.append(1), step(*given))[1]
 
-    monkeypatch.setattr(train, "make_train_step", counted)
+    monkeypatch.setattr(start, "make_train_step", counted)
     monkeypatch.setattr(memory, "memory", of(10**9, 10**5))
     done = run(command(tmp_path / "run", training__steps=2))
     assert done.returncode == 0, done.stderr
