@@ -78,7 +78,7 @@ def main() -> None:
                 state, metrics = step_fn(state, metrics, x)
                 done += 1
                 if log:
-                    logbook.advance()
+                    logbook.advance(done)
                 if log and done % config.training.log_every == 0:
                     means = jax.device_get(metrics)
                     logbook.scalars(done, {"loss": float(means.loss / means.steps)})
@@ -89,7 +89,9 @@ def main() -> None:
         loops = {
             "the step alone": lambda: loop(bare, iter([one] * n), False),
             "with moving average, log and bar": lambda: loop(whole, iter([one] * n), True),
-            "and the pipeline": lambda: loop(whole, pipeline.prefetch(batch, done, done + n), True),
+            "and the pipeline": lambda: loop(
+                whole, pipeline.prefetch(batch, range(done, done + n)), True
+            ),
         }
         seconds = np.empty((args.rounds, len(loops)))
         for turn in range(args.rounds):

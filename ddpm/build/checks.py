@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ddpm.build.data import BROKEN_IMAGES
+from ddpm.build.data import BROKEN_IMAGES, ON_DEVICE
 from ddpm.build.network import DTYPES, NETWORKS, NOISE_INPUTS, TIME_FEATURES, UP_DOWN
 from ddpm.build.objective import EMAS, LOSSES, PREDICTIONS, TIMES, WEIGHTS, check_objective
 from ddpm.build.sampler import GRIDS, SAMPLERS, check_sampling
@@ -23,6 +23,7 @@ from ddpm.models.remat import REMAT
 # The names that a key may have: the keys of the registry that makes something of them.
 CHOICES: dict[str, Collection[str]] = {
     "data.broken_images": BROKEN_IMAGES,
+    "data.on_device": ON_DEVICE,
     "model.name": NETWORKS,
     "model.up_down": UP_DOWN,
     "model.time_features": TIME_FEATURES,

@@ -11,6 +11,7 @@ from ddpm.data.tfds_sets import tfds
 from ddpm.errors import InputError
 
 BROKEN_IMAGES = ("error", "skip")
+ON_DEVICE = ("auto", "always", "never")
 
 
 def _folder(config: ConfigDict) -> Source:

@@ -23,6 +23,7 @@ def default() -> ConfigDict:
     config.data.image_size = ()  # (height, width) to crop and resize to; (): unchanged
     config.data.channels = 3  # 1 or 3, for 'folder'
     config.data.flip = True  # random horizontal flips in training
+    config.data.on_device = "auto"  # the whole set: "always", "never", or where it is small
     config.data.broken_images = "error"  # or 'skip', for 'folder'
     config.data.background = "white"  # on which transparent pictures are composited
     config.data.max_pixels = 50_000_000  # of a picture file; larger ones are broken
@@ -75,6 +76,7 @@ def default() -> ConfigDict:
     config.training = ConfigDict()
     config.training.steps = 800_000
     config.training.batch_size = 128  # total over all devices
+    config.training.steps_per_dispatch = 0  # steps that a device is given at once; 0: by the device
     config.training.accumulation = 1  # parts that a batch is taken in, for less memory
     config.training.learning_rate = 2e-4
     config.training.warmup_steps = 5000

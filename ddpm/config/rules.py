@@ -155,6 +155,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "diffusion.reference_resolution": _whole(0, _WIDEST),
     "training.steps": _whole(1),
     "training.batch_size": _whole(1, _MOST_IN_BATCH),
+    "training.steps_per_dispatch": _whole(0, 10_000),
     "training.accumulation": _whole(1, _MOST_IN_BATCH),
     "training.learning_rate": _POSITIVE,
     "training.warmup_steps": _whole(0),

@@ -11,7 +11,7 @@ from ddpm.errors import InputError
 # Keys, or beginnings of keys, that no weight depends on.
 _FREE = ("sampling.", "editing.", "comparison.", "evaluation.", "training.steps",
          "training.log_every", "training.sample_every", "training.checkpoint",
-         "training.ema_snapshot_every")  # fmt: skip
+         "training.ema_snapshot_every", "data.on_device")  # fmt: skip
 # Keys that the weights depend on from here on: a change is reported.
 _REPORTED = ("data.path", "data.broken_images", "data.max_pixels", "model.dtype", "model.remat",
              "training.accumulation",

@@ -7,7 +7,7 @@ would have had.
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,7 +16,9 @@ from ddpm.data.sources import Examples, Source
 from ddpm.diffusion import streams
 from ddpm.errors import InputError
 
+S = TypeVar("S")
 T = TypeVar("T")
+_END: Any = object()
 
 
 class EvaluationBatch(NamedTuple):
@@ -55,37 +57,52 @@ def batch_indices(
     return indices
 
 
-def train_batch(
-    source: Source,
+class Plan(NamedTuple):
+    """This process's slice of a training batch: indices int64[n], and which of the images are
+    mirrored, bool[n], or None for none."""
+
+    indices: np.ndarray
+    mirrored: np.ndarray | None
+
+
+def plan(
     seed: int,
     step: int,
     batch_size: int,
+    n: int,
     *,
     flip: bool = False,
     process_index: int = 0,
     process_count: int = 1,
-) -> Examples:
-    """This process's slice of the global batch: uint8[batch_size // process_count, H, W, C].
+) -> Plan:
+    """Returns which of n images are in the batch of a step, for this process.
 
-    With flip each image is mirrored left to right with probability 1/2, decided by the seed, the
-    step and its place in the global batch. Raises as batch_indices does.
+    With flip each is mirrored left to right with probability 1/2, decided by the seed, the step and
+    its place in the global batch. Raises as batch_indices does.
     """
     indices = batch_indices(
-        seed,
-        step,
-        batch_size,
-        len(source),
-        process_index=process_index,
-        process_count=process_count,
+        seed, step, batch_size, n, process_index=process_index, process_count=process_count
     )
-    examples = source.read(indices)
     if not flip:
-        return examples
+        return Plan(indices, None)
     coins = np.random.default_rng((seed, step, streams.FLIPS)).random(batch_size) < 0.5
-    mirrored = coins[slice(*_slice(batch_size, process_index, process_count))]
+    return Plan(indices, coins[slice(*_slice(batch_size, process_index, process_count))])
+
+
+def train_batch(source: Source, seed: int, step: int, batch_size: int, **options: Any) -> Examples:
+    """Returns this process's slice of the global batch of a step, as `plan` with its options says:
+    uint8[batch_size // process_count, H, W, C], and labels."""
+    return read(source, plan(seed, step, batch_size, len(source), **options))
+
+
+def read(source: Source, plan: Plan) -> Examples:
+    """Returns the images of a plan, uint8[n, H, W, C], and their labels."""
+    examples = source.read(plan.indices)
+    if plan.mirrored is None:
+        return examples
     image = np.array(examples.image)
     pixels = image.view(f"V{image.shape[-1]}")[..., 0]  # whole pixels move faster than their bytes
-    pixels[mirrored] = pixels[mirrored][:, :, ::-1]
+    pixels[plan.mirrored] = pixels[plan.mirrored][:, :, ::-1]
     return Examples(image, examples.label)
 
 
@@ -104,8 +121,8 @@ def evaluation_batches(
         yield EvaluationBatch(examples, position < len(source))
 
 
-def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[T]:
-    """Yields make(start), .., make(stop - 1), computed by a background thread up to `depth` ahead.
+def prefetch(make: Callable[[S], T], steps: Iterable[S], depth: int = 2) -> Iterator[T]:
+    """Yields make(step) of each of the steps, computed by a background thread up to `depth` ahead.
 
     An exception of make is raised here, when its step is asked for. Closing the iterator (or
     dropping it) ends the thread; one that is inside a long make ends when that returns.
@@ -114,7 +131,7 @@ def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) ->
     closed = threading.Event()
 
     def work() -> None:
-        for step in range(start, stop):
+        for step in steps:
             if closed.is_set():
                 return
             try:
@@ -122,14 +139,17 @@ def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) ->
             except BaseException as error:
                 ahead.put((None, error))
                 return
+        ahead.put((_END, None))
 
     thread = threading.Thread(target=work, name="ddpm-prefetch", daemon=True)
     thread.start()
     try:
-        for _ in range(start, stop):
+        while True:
             value, error = ahead.get()
             if error is not None:
                 raise error
+            if value is _END:
+                return
             yield value
     finally:
         closed.set()

@@ -3,11 +3,10 @@
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from ddpm.build.experiment import Experiment
 from ddpm.errors import InputError
+from ddpm.modes.feed import Feed
 from ddpm.training import memory, sharding
 from ddpm.training.logbook import say
 from ddpm.training.state import Metrics
@@ -19,7 +18,7 @@ _FILLED = 0.9  # of the free memory, by what is advised
 _GB = 1e9
 
 
-def check_memory(built: Experiment, mesh: Mesh, start: Any, step: Any) -> None:
+def check_memory(built: Experiment, batches: Feed, start: Any, step: Any) -> None:
     """Raises InputError, before anything is compiled, for a training that the devices cannot hold;
     warns in a line where it is more than what is free.
 
@@ -31,7 +30,7 @@ def check_memory(built: Experiment, mesh: Mesh, start: Any, step: Any) -> None:
     there = memory.memory(device)
     if there is None:
         return
-    config, size = built.config, built.config.training.batch_size
+    size = built.config.training.batch_size
     try:
         state = jax.eval_shape(start)
     except (OverflowError, MemoryError) as error:
@@ -39,13 +38,10 @@ def check_memory(built: Experiment, mesh: Mesh, start: Any, step: Any) -> None:
     held = memory.tree_bytes(state)
     if held > there.total:
         raise InputError(_line(built, held, there, 0))
-    images = jax.ShapeDtypeStruct((size, *built.image_shape), np.uint8)
-    labels = jax.ShapeDtypeStruct((size,), np.int32) if config.model.num_classes else None
     # Placed as they will be, or the step would be traced anew for them.
     carried = (state, jax.eval_shape(Metrics.zero))
-    carried = sharding.abstract_like(carried, sharding.replicated(mesh))
-    batch = sharding.abstract_like((images, labels), sharding.split_batch(mesh))
-    traced = step.trace(*carried, *batch)
+    carried = sharding.abstract_like(carried, sharding.replicated(batches.mesh))
+    traced = step.trace(*carried, *batches.abstract())
     passing = memory.temporaries(traced.jaxpr.jaxpr) // jax.device_count()
     if held + passing <= there.free:
         return

@@ -11,15 +11,15 @@ from jax.sharding import Mesh
 
 from ddpm.build.experiment import Experiment
 from ddpm.build.objective import weight_at_end
-from ddpm.data import pipeline
 from ddpm.data.sources import Source
 from ddpm.files.progress import say
 from ddpm.interop import weights
+from ddpm.modes.feed import Feed
 from ddpm.modes.run_folder import compiling, described
 from ddpm.training import sharding
 from ddpm.training.checkpoints import Checkpoints, items_of, saved_meta
 from ddpm.training.logbook import Logbook
-from ddpm.training.loop import Progress
+from ddpm.training.loop import Dispatch, Progress
 from ddpm.training.state import TrainState, init
 from ddpm.training.step import TrainStep, make_train_step
 
@@ -70,11 +70,10 @@ def resume(checkpoints: Checkpoints, abstract: TrainState, placed: Any) -> Train
     return TrainState(step, **items)
 
 
-def jitted_step(built: Experiment, mesh: Mesh) -> TrainStep:
+def jitted_step(built: Experiment, batches: Feed) -> TrainStep:
     """Returns the training step over the devices: the weights on all of them, the batch split."""
-    config, everywhere = built.config, sharding.replicated(mesh)
-    split = sharding.split_batch(mesh)
-    return jax.jit(
+    config = built.config
+    step = batches.takes(
         make_train_step(
             built.model,
             built.objective,
@@ -86,49 +85,22 @@ def jitted_step(built: Experiment, mesh: Mesh) -> TrainStep:
             label_dropout=config.training.label_dropout,
             prepare=built.prepare,
             accumulation=config.training.accumulation,
-        ),
-        in_shardings=(everywhere, everywhere, split, split),
-        out_shardings=everywhere,
-        donate_argnums=(0, 1),
+        )
     )
+    return jax.jit(step, out_shardings=sharding.replicated(batches.mesh), donate_argnums=(0, 1))
 
 
 def compiled_step(
-    step: Any, progress: Progress, batches: Iterator[tuple[Any, ...]], workdir: Path
-) -> tuple[TrainStep, Iterator[tuple[Any, ...]]]:
+    step: Any, progress: Progress, batches: Iterator[Dispatch], workdir: Path
+) -> tuple[TrainStep, Iterator[Dispatch]]:
     """Returns the training step, compiled for these batches, and the batches; both as they are if
     there are none."""
-    batch = next(batches, None)
-    if batch is None:
+    first = next(batches, None)
+    if first is None:
         return step, batches
     with compiling("the training step", workdir):
-        compiled = step.lower(progress.state, progress.metrics, *batch).compile()
-    return compiled, itertools.chain([batch], batches)
-
-
-def batches_of(
-    built: Experiment, data: Source, mesh: Mesh
-) -> Callable[[int], tuple[jax.Array, jax.Array | None]]:
-    """Returns the function of a step to its images and labels, on the devices."""
-    config = built.config
-
-    def batch(step: int) -> tuple[jax.Array, jax.Array | None]:
-        part = pipeline.train_batch(
-            data,
-            config.seed,
-            step,
-            config.training.batch_size,
-            flip=config.data.flip,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        images = sharding.to_devices(mesh, part.image)
-        if not config.model.num_classes:
-            return images, None
-        assert part.label is not None  # of check_labels
-        return images, sharding.to_devices(mesh, part.label)
-
-    return batch
+        compiled = step.lower(progress.state, progress.metrics, *first[1]).compile()
+    return compiled, itertools.chain([first], batches)
 
 
 def announce(

@@ -24,12 +24,12 @@ from ddpm.files import pictures
 from ddpm.files.atomic import write_atomically
 from ddpm.interop import weights
 from ddpm.modes.capacity import check_memory
+from ddpm.modes.feed import Feed, feed
 from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import draw as samples
 from ddpm.modes.run_folder import check_run, run_folder
 from ddpm.modes.start import (
     announce,
-    batches_of,
     compiled_step,
     first_state,
     jitted_start,
@@ -38,6 +38,7 @@ from ddpm.modes.start import (
 from ddpm.sampling.generate import Generator
 from ddpm.training import sharding, snapshots
 from ddpm.training.checkpoints import Checkpoints, NotWritten, saved_meta
+from ddpm.training.dispatch import dispatches
 from ddpm.training.logbook import Logbook
 from ddpm.training.loop import Callback, Progress, every, run
 from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState
@@ -76,11 +77,12 @@ def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
             data.image_shape, given.image_shape, f"--init_from={init_from} is of images"
         )
     mesh = sharding.data_mesh()
-    start, step = jitted_start(built, mesh), jitted_step(built, mesh)
-    check_memory(built, mesh, start, step)
+    batches = feed(built, data, mesh)
+    start, step = jitted_start(built, mesh), jitted_step(built, batches)
+    check_memory(built, batches, start, step)
     with run_folder(workdir):
         try:
-            _train(built, data, workdir, given, mesh, start, step)
+            _train(built, data, workdir, given, batches, start, step)
         except OSError as error:
             raise InputError(
                 f"{path_error(error)}; then the same command resumes from the last checkpoint"
@@ -92,11 +94,11 @@ def _train(
     data: Source,
     workdir: Path,
     given: weights.Imported | None,
-    mesh: Mesh,
+    batches: Feed,
     start: Callable[[], TrainState],
     step: TrainStep,
 ) -> None:
-    config, training = built.config, built.config.training
+    config, training, mesh = built.config, built.config.training, batches.mesh
     checkpoints = Checkpoints(workdir / "checkpoints", keep=training.checkpoints_kept)
     state, origin = first_state(start, checkpoints, mesh, given)
     if jax.process_index() == 0:
@@ -110,22 +112,25 @@ def _train(
     announce(built, data, logbook, progress, given)
     save = _saving(built, data, checkpoints, origin)
     log = _logging(built, logbook, checkpoints, no_metrics)
-    first, batch = progress.step, batches_of(built, data, mesh)
+    first = progress.step
+    due = (training.log_every, training.checkpoint_every, training.sample_every,
+           training.ema_snapshot_every)  # fmt: skip
+    parts = dispatches(first, training.steps, batches.steps, due)
     try:
         with StopSignal() as stop:
             draw = _drawing(built, mesh, logbook, workdir, stop)
             callbacks = [
-                lambda progress: logbook.advance(),
+                lambda progress: logbook.advance(progress.step),
                 every(training.log_every, log, last=training.steps),
                 _keeping_averages(built, workdir, checkpoints),
                 every(training.checkpoint_every, save),
                 every(training.checkpoint_every, lambda progress: logbook.plot()),
                 _sampling_between(training, logbook, save, draw, stop),
             ]
-            batches = pipeline.prefetch(batch, first, training.steps)
-            compiled, batches = compiled_step(step, progress, batches, workdir)
+            ahead = pipeline.prefetch(lambda steps: (steps, batches.batch(steps)), parts)
+            compiled, ahead = compiled_step(step, progress, ahead, workdir)
             logbook.start_clock(first)
-            run(progress, compiled, batches, callbacks, stop)
+            run(progress, compiled, ahead, callbacks, stop)
             if stop.name and int(progress.metrics.steps):
                 log(progress)
             save(progress)

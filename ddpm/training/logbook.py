@@ -67,9 +67,9 @@ class Logbook:
         self._mark = (step, time.perf_counter())
         self._bar.resume()
 
-    def advance(self) -> None:
-        """Advances the bar by one step."""
-        self._bar.update(1)
+    def advance(self, step: int) -> None:
+        """Advances the bar to a step."""
+        self._bar.update(step - self._bar.done)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a row of scalars, with the speed since the last one; prints a line where there is

@@ -18,25 +18,26 @@ class Progress:
 
 
 Callback = Callable[[Progress], None]
+Dispatch = tuple[range, tuple[Any, ...]]  # the steps that are taken at once, and their batches
 
 
 def run(
     progress: Progress,
     train_step: Callable[..., tuple[TrainState, Metrics]],
-    batches: Iterable[tuple[Any, ...]],
+    batches: Iterable[Dispatch],
     callbacks: Sequence[Callback],
     stop: StopSignal,
 ) -> None:
-    """Runs a step on each batch and then every callback in turn, until a signal asks to stop.
+    """Runs each dispatch and then every callback in turn, until a signal asks to stop.
 
     `progress` is changed in place, so that it is right however this ends.
     """
-    for batch in batches:
+    for number, (steps, batch) in enumerate(batches):
         progress.state, progress.metrics = train_step(progress.state, progress.metrics, *batch)
-        progress.step += 1
+        progress.step += len(steps)
         for callback in callbacks:
             callback(progress)
-        if stop.requested(progress.step):
+        if stop.requested(number):
             return
 
 

@@ -153,7 +153,7 @@ def handed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 class StopSignal:
-    """The stop signal: within `with StopSignal() as stop:`, stop.requested(step) says whether to
+    """The stop signal: within `with StopSignal() as stop:`, stop.requested(number) says whether to
     save and leave.
 
     A second signal is not caught: it ends the process as it would outside.
@@ -181,13 +181,14 @@ class StopSignal:
     ) -> None:
         _restore(self._before)
 
-    def requested(self, step: int) -> bool:
-        """Returns whether a signal came; several processes all get the same answer at a step."""
+    def requested(self, number: int) -> bool:
+        """Returns whether a signal came; several processes all get the same answer at the same of
+        numbers that follow one another."""
         if jax.process_count() > 1:
-            # jax.distributed has its own handler, and agrees on a step among the processes.
+            # jax.distributed has its own handler, and agrees on a number among the processes.
             from jax.experimental import multihost_utils
 
-            if multihost_utils.reached_preemption_sync_point(step):
+            if multihost_utils.reached_preemption_sync_point(number):
                 self.name = "SIGTERM"
         return bool(self.name)
 

@@ -133,14 +133,14 @@ def prefetching():
 
 
 def test_prefetch_gives_all_in_order_and_ends_its_thread():
-    assert list(prefetch(lambda step: step**2, 3, 9)) == [9, 16, 25, 36, 49, 64]
-    assert list(prefetch(lambda step: step, 4, 4)) == []
+    assert list(prefetch(lambda step: step**2, range(3, 9))) == [9, 16, 25, 36, 49, 64]
+    assert list(prefetch(lambda step: step, range(4, 4))) == []
     assert not prefetching()
 
 
 def test_prefetch_works_ahead_but_not_further_than_its_depth():
     made = []
-    batches = prefetch(lambda step: made.append(step), 0, 100, depth=3)
+    batches = prefetch(lambda step: made.append(step), range(100), depth=3)
     next(batches)
     time.sleep(0.2)
     assert 4 <= len(made) <= 5  # one given, three waiting, one in the thread's hand
@@ -155,7 +155,7 @@ def test_prefetch_raises_what_make_raised_at_its_step():
             raise InputError("broken image")
         return step
 
-    batches = prefetch(make, 0, 5)
+    batches = prefetch(make, range(5))
     assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(InputError, match="broken image"):
         next(batches)
@@ -163,7 +163,7 @@ def test_prefetch_raises_what_make_raised_at_its_step():
 
 
 def test_a_dropped_prefetch_leaves_no_thread():
-    for step in prefetch(lambda step: np.zeros(1000), 0, 10**9):
+    for step in prefetch(lambda step: np.zeros(1000), range(10**9)):
         assert step is not None
         break
     deadline = time.time() + 2
@@ -180,7 +180,7 @@ def test_closing_does_not_wait_for_a_make_that_hangs():
             hang.wait(20)
         return step
 
-    batches = prefetch(make, 0, 5)
+    batches = prefetch(make, range(5))
     next(batches)
     start = time.time()
     batches.close()
