@@ -53,13 +53,18 @@ def test_run_leaves_samples_curves_metrics_and_checkpoints(uninterrupted):
 
 
 def test_killed_at_random_moments_ends_in_the_same_weights(uninterrupted, tmp_path):
-    """DDPM_KILLS=20 kills twenty times; a run that ends before that is compared, then another."""
+    """DDPM_KILLS=20 kills twenty times; a run that ends before that is compared, then another.
+
+    Every other time several steps are taken in a dispatch, and images by index.
+    """
+    at_once = {"training__steps_per_dispatch": 2, "data__on_device": "always"}
     rng = random.Random(int(os.environ.get("DDPM_KILL_SEED", time.time_ns())))
     kills, workdir = 0, tmp_path / "0"
     while kills < KILLS:
         # From before the first step to after the last one.
         seconds = rng.uniform(0.1, 1.0) * uninterrupted[1]
-        if runs.kill_after(runs.command(workdir), seconds) == 0:
+        overrides = at_once if kills % 2 == 0 else {}
+        if runs.kill_after(runs.command(workdir, **overrides), seconds) == 0:
             assert_same(workdir, uninterrupted)
             workdir = tmp_path / str(kills + 1)
         else:

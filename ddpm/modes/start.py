@@ -100,7 +100,20 @@ def compiled_step(
         return step, batches
     with compiling("the training step", workdir):
         compiled = step.lower(progress.state, progress.metrics, *first[1]).compile()
+    if jax.process_index() == 0:
+        say(f"the training step: {costs(compiled)}")
     return compiled, itertools.chain([first], batches)
+
+
+def costs(compiled: Any) -> str:
+    """Returns in words what a device computes and holds in one call of a compiled step: FLOPs, and
+    bytes of what it carries and of what it needs meanwhile, as XLA counts them."""
+    memory, found = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    flops = f"{found['flops'] / 1e9:,.3g} GFLOP" if found.get("flops", 0) > 0 else "unknown FLOPs"
+    if memory is None:
+        return flops
+    carried, passing = memory.output_size_in_bytes / 1e6, memory.temp_size_in_bytes / 1e6
+    return f"{flops}, {carried:,.0f} MB of state and {passing:,.0f} MB more while it runs, a device"
 
 
 def announce(
