@@ -20,6 +20,7 @@ from ddpm.diffusion import (
     predictions,
     process,
     schedules,
+    score,
     streams,
     timesteps,
     variances,
@@ -38,7 +39,7 @@ from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.streams import sample_keys
 from ddpm.models.dit import DiT
 from ddpm.models.unet import UNet
-from ddpm.sampling import editing, grids, guidance, langevin
+from ddpm.sampling import editing, grids, guidance, langevin, mcmc
 from ddpm.sampling.adaptive import probability_flow
 from ddpm.sampling.guidance import classifier_free, classifier_guided
 from ddpm.sampling.langevin import annealed_langevin, predictor_corrector
@@ -85,6 +86,7 @@ __all__ = [
     "load",
     "loss_weights",
     "losses",
+    "mcmc",
     "predictions",
     "predictor_corrector",
     "probability_flow",
@@ -96,6 +98,7 @@ __all__ = [
     "sample_chain",
     "sample_keys",
     "schedules",
+    "score",
     "second_moments",
     "show",
     "streams",

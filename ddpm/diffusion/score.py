@@ -2,7 +2,8 @@
 
 A **score** is a function (x [B, ...], t [B]) -> [B, ...] in units of 1/x. There are two views of
 the data at a noise level. Variance preserving: x_t = alpha_t x_0 + sigma_t eps, the paper's.
-Variance exploding: y = x_t / alpha_t = x_0 + s eps with s = sigma_t / alpha_t, that of Song & Ermon (2019).
+Variance exploding: y = x_t / alpha_t = x_0 + s eps with s = sigma_t / alpha_t, that of Song & Ermon
+(2019).
 
     s = ddpm.score.of(schedule, denoiser)
     loss = ddpm.score.denoising(schedule, s, x_0, t, eps).mean()
