@@ -185,16 +185,28 @@ def _solve(
 def _with_trace(
     eps: Callable[[jax.Array], jax.Array], x: jax.Array, probe: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns eps(x) and tr(d eps / d x) / D of each example, exact without a probe."""
+    """Returns eps(x) and tr(d eps / d x) / D of each example, exact without a probe.
+
+    The Jacobian and its transpose have the same trace, so either serves.
+    """
+    try:
+        if probe is not None:
+            value, column = jax.jvp(eps, (x,), (probe,))
+            return value, per_example_mean(probe * column)
+        value, product = jax.linearize(eps, x)
+    except TypeError:  # a part has a gradient alone (custom_vjp), as cuDNN's attention
+        value, pull = jax.vjp(eps, x)
+
+        def product(direction: jax.Array) -> jax.Array:
+            return jnp.asarray(pull(direction)[0])
+
     if probe is not None:
-        value, derivative = jax.jvp(eps, (x,), (probe,))
-        return value, per_example_mean(probe * derivative)
-    value, push = jax.linearize(eps, x)
+        return value, per_example_mean(probe * product(probe))
     dimensions = x[0].size
 
     def diagonal(i: jax.Array) -> jax.Array:
         basis = jnp.zeros(dimensions, x.dtype).at[i].set(1.0).reshape(x.shape[1:])
-        column = push(jnp.broadcast_to(basis, x.shape))
+        column = product(jnp.broadcast_to(basis, x.shape))
         return column.reshape(x.shape[0], -1)[:, i]
 
     return value, jax.lax.map(diagonal, jnp.arange(dimensions)).mean(axis=0)

@@ -202,3 +202,17 @@ def test_key_and_batch():
     part = bits(x_0[2:], sample_keys(jax.random.key(0), np.arange(2, 4)))
     close(part, whole[2:], rtol=0, atol=1e-3)
     assert np.abs(bits(x_0, jax.random.key(1)) - whole).min() > 1e-4
+
+
+@pytest.mark.parametrize("exact_trace", [True, False])
+def test_a_network_with_a_gradient_alone_has_a_density(exact_trace):
+    """As where a part of it is a kernel with a backward pass, and no derivative forwards."""
+    schedule, exact = pair("linear", 50)
+    denoise = mixture_denoiser(levels(exact), WEIGHTS, MEANS, SPREAD)
+    gradient_alone = jax.custom_vjp(lambda x, t: denoise(x, t))
+    gradient_alone.defvjp(lambda x, t: jax.vjp(denoise, x, t), lambda pull, g: pull(g))
+    key = None if exact_trace else jax.random.key(0)
+    found, expected = (
+        density(schedule, d, pixels(4), key).log_density for d in (gradient_alone, denoise)
+    )
+    close(found, expected, rtol=1e-4)
