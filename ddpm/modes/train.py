@@ -40,16 +40,18 @@ from ddpm.training import sharding, snapshots
 from ddpm.training.checkpoints import Checkpoints, NotWritten, saved_meta
 from ddpm.training.logbook import Logbook
 from ddpm.training.loop import Callback, Progress, every, run
+from ddpm.training.profiling import profiled
 from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState
 from ddpm.training.step import TrainStep
 from ddpm.training.stopping import StopSignal
 
 
-def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
+def train(config: ConfigDict, workdir: Path, init_from: str = "", profile: int = 0) -> None:
     """Trains to config.training.steps in `workdir`, from its latest good checkpoint if it has one,
     else from the pretrained weights that `init_from` names, if it does.
 
-    Leaves there: config.json, metrics.jsonl, losses.png, tensorboard/, samples/, checkpoints/.
+    Leaves there: config.json, metrics.jsonl, losses.png, tensorboard/, samples/, checkpoints/;
+    and profile/, where `profile` steps are to be traced.
     Raises InputError for what the user can mend, NotFinite if training diverged.
     """
     sharding.check_batch_size(
@@ -80,7 +82,7 @@ def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     check_memory(built, mesh, start, step)
     with run_folder(workdir):
         try:
-            _train(built, data, workdir, given, mesh, start, step)
+            _train(built, data, workdir, given, mesh, start, step, profile)
         except OSError as error:
             raise InputError(
                 f"{path_error(error)}; then the same command resumes from the last checkpoint"
@@ -95,6 +97,7 @@ def _train(
     mesh: Mesh,
     start: Callable[[], TrainState],
     step: TrainStep,
+    profile: int,
 ) -> None:
     config, training = built.config, built.config.training
     checkpoints = Checkpoints(workdir / "checkpoints", keep=training.checkpoints_kept)
@@ -112,9 +115,13 @@ def _train(
     log = _logging(built, logbook, checkpoints, no_metrics)
     first, batch = progress.step, batches_of(built, data, mesh)
     try:
-        with StopSignal() as stop:
+        tracing = profiled(
+            workdir / "profile", profile, first=first, last=training.steps, say=logbook.say
+        )
+        with StopSignal() as stop, tracing as trace:
             draw = _drawing(built, mesh, logbook, workdir, stop)
             callbacks = [
+                trace,
                 lambda progress: logbook.advance(),
                 every(training.log_every, log, last=training.steps),
                 _keeping_averages(built, workdir, checkpoints),
