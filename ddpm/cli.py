@@ -135,7 +135,7 @@ def _flags() -> flags.FlagValues:
         (
             "profile",
             "",
-            "For training: how many steps to trace into the run's profile/, after a few to warm up.",
+            "For training: steps to trace into the run's profile/, after a few to warm up.",
         ),
         (
             "distributed",
