@@ -39,7 +39,9 @@ WRONG = 2  # an exit code, in addition to NotFinite's and STOPPED
 # mode -> how its module, ddpm.modes.<mode>, is called with the flags, the run folder and argv. The
 # module is imported late: a wrong flag should not wait for Orbax and others.
 MODES: dict[str, Callable[[Any, Any, Path, Sequence[str]], None]] = {
-    "train": lambda mode, f, workdir, _: mode.train(f.config, workdir, f.init_from),
+    "train": lambda mode, f, workdir, _: mode.train(
+        f.config, workdir, f.init_from, int(f.profile or 0)
+    ),
     "sample": lambda mode, f, workdir, _: mode.sample(f.config, workdir, f.init_from, f.out),
     "edit": lambda mode, f, workdir, _: mode.edit(f.config, workdir, f.input, f.init_from, f.out),
     "compare": lambda mode, f, workdir, _: mode.compare(f.config, workdir, f.init_from, f.out),
@@ -131,6 +133,11 @@ def _flags() -> flags.FlagValues:
             "edit, compare and evaluate: the folder of what they write, if not the run's.",
         ),
         (
+            "profile",
+            "",
+            "For training: steps to trace into the run's profile/, after a few to warm up.",
+        ),
+        (
             "distributed",
             "",
             "Several processes: 'auto' where JAX finds them (TPU pods, SLURM, Open MPI, "
@@ -164,6 +171,12 @@ def _read(argv: Sequence[str]) -> Any:
             if given.input
             else "--mode=edit needs --input: pictures FILE[,FILE..], a folder, or an .npz"
         )
+    if given["profile"].present:
+        if given.mode != "train":
+            raise InputError(f"--profile={given.profile} goes with --mode=train alone")
+        steps = given.profile
+        if not steps.isdecimal() or len(steps) > 9 or not int(steps):
+            raise InputError(f"--profile={steps}: must be a number of steps, 1..999999999")
     _check_sweep(given, chosen, argv)
     validate(given.config)
     return given

@@ -185,16 +185,28 @@ def _solve(
 def _with_trace(
     eps: Callable[[jax.Array], jax.Array], x: jax.Array, probe: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns eps(x) and tr(d eps / d x) / D of each example, exact without a probe."""
+    """Returns eps(x) and tr(d eps / d x) / D of each example, exact without a probe.
+
+    The Jacobian and its transpose have the same trace, so either serves.
+    """
+    product: Callable[[jax.Array], jax.Array]
+    # Part of the network may have a gradient alone, as cuDNN's attention: jvp would fail, but not
+    # before it is compiled.
+    if "custom_vjp_call" in str(jax.make_jaxpr(eps)(x)):
+        value, pull = jax.vjp(eps, x)
+        product = lambda direction: pull(direction)[0]  # noqa: E731
+    elif probe is not None:
+        value, column = jax.jvp(eps, (x,), (probe,))
+        return value, per_example_mean(probe * column)
+    else:
+        value, product = jax.linearize(eps, x)
     if probe is not None:
-        value, derivative = jax.jvp(eps, (x,), (probe,))
-        return value, per_example_mean(probe * derivative)
-    value, push = jax.linearize(eps, x)
+        return value, per_example_mean(probe * product(probe))
     dimensions = x[0].size
 
     def diagonal(i: jax.Array) -> jax.Array:
         basis = jnp.zeros(dimensions, x.dtype).at[i].set(1.0).reshape(x.shape[1:])
-        column = push(jnp.broadcast_to(basis, x.shape))
+        column = product(jnp.broadcast_to(basis, x.shape))
         return column.reshape(x.shape[0], -1)[:, i]
 
     return value, jax.lax.map(diagonal, jnp.arange(dimensions)).mean(axis=0)

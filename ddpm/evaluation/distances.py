@@ -1,13 +1,15 @@
-"""Distances between samples and data by the features of both, [n, d]: in NumPy, float64.
+"""Distances between samples and data by the features of both, [n, d], to float64.
 
 Fréchet distance, kernel distance, precision and recall, density and coverage; the Inception score
 by class probabilities.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+
+from ddpm.evaluation import pairs
 
 
 class Moments(NamedTuple):
@@ -123,43 +125,14 @@ def overlap(data: np.ndarray, samples: np.ndarray, *, k: int = 3) -> Overlap:
     data, samples = _pair(data, samples)
     if min(len(data), len(samples)) <= k:
         raise ValueError(f"k = {k} neighbours: more than {k} features of each set needed")
-    data_radius, sample_radius = _radii(data, k), _radii(samples, k)
-    precise, balls = np.zeros(len(samples), bool), np.zeros(len(samples))  # of data, it lies in
-    recalled, covered = np.zeros(len(data), bool), np.zeros(len(data), bool)
-    for rows, distance in _distances(data, samples):
-        precise |= (distance <= data_radius[rows, None]).any(axis=0)
-        inside = distance < data_radius[rows, None]
-        balls += inside.sum(axis=0)
-        covered[rows] = inside.any(axis=1)
-        recalled[rows] = (distance <= sample_radius).any(axis=1)
+    radii = [pairs.kth_nearest(x, k=k)[1] for x in (data, samples)]
+    found = pairs.members(data, radii[0], samples, radii[1])
     return Overlap(
-        precision=float(precise.mean()),
-        recall=float(recalled.mean()),
-        density=float(balls.mean() / k),
-        coverage=float(covered.mean()),
+        precision=float(found.precise.mean()),
+        recall=float(found.recalled.mean()),
+        density=float(found.balls.mean() / k),
+        coverage=float(found.covered.mean()),
     )
-
-
-def _radii(x: np.ndarray, k: int) -> np.ndarray:
-    """Returns the distance of each to its k-th nearest neighbour, itself not counted."""
-    radii = np.empty(len(x))
-    for rows, distance in _distances(x, x):
-        distance[np.arange(len(distance)), np.arange(rows.start, rows.stop)] = np.inf
-        radii[rows] = np.partition(distance, k - 1, axis=1)[:, k - 1]
-    return radii
-
-
-def _distances(
-    x: np.ndarray, y: np.ndarray, rows: int = 1024
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields Euclidean distances of all pairs, in blocks: (slice of x, [rows, len(y)])."""
-    centre = x.mean(axis=0)  # less is lost in the difference of squares
-    x, y = x - centre, y - centre
-    squares = (y**2).sum(axis=1)
-    for start in range(0, len(x), rows):
-        part = x[start : start + rows]
-        square = (part**2).sum(axis=1)[:, None] + squares - 2 * part @ y.T
-        yield slice(start, start + len(part)), np.sqrt(square.clip(min=0))
 
 
 def two_sample_accuracy(a: np.ndarray, b: np.ndarray) -> float:
@@ -172,12 +145,9 @@ def two_sample_accuracy(a: np.ndarray, b: np.ndarray) -> float:
     a, b = _pair(a, b)
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(f"{len(a)} and {len(b)} features: equally many needed, at least 2")
-    both, own = np.concatenate([a, b]), np.repeat([0, 1], len(a))
-    right = 0
-    for rows, distance in _distances(both, both):
-        distance[np.arange(len(distance)), np.arange(rows.start, rows.stop)] = np.inf
-        right += int((own[distance.argmin(axis=1)] == own[rows]).sum())
-    return right / len(both)
+    own = np.repeat([0, 1], len(a))
+    place, _ = pairs.kth_nearest(np.concatenate([a, b]))
+    return float((own[place] == own).mean())
 
 
 def nearest(queries: np.ndarray, batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -190,13 +160,14 @@ def nearest(queries: np.ndarray, batches: Iterable[np.ndarray]) -> tuple[np.ndar
     place, best = np.zeros(len(queries), int), np.full(len(queries), np.inf)
     start = 0
     for batch in batches:
-        for rows, distance in _distances(np.asarray(batch, np.float64), queries):
-            least = distance.min(axis=0)
-            nearer = least < best
-            place[nearer] = (start + rows.start + distance.argmin(axis=0))[nearer]
-            best[nearer] = least[nearer]
+        if len(batch) and len(queries):
+            x = np.asarray(batch, np.float64)
+            found, squared = pairs.kth_nearest(queries, x, below=best)
+            nearer = squared < best
+            place[nearer] = start + found[nearer]
+            best[nearer] = squared[nearer]
         start += len(batch)
-    return place, best
+    return place, np.sqrt(best)
 
 
 def inception_score(probabilities: np.ndarray, *, splits: int = 10) -> Estimate:

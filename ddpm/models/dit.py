@@ -32,6 +32,7 @@ def zero_dense(features: int, name: str, *, dtype: DTypeLike) -> nn.Dense:
     return nn.Dense(features, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)
 
 
+@jax.named_scope("norm")
 def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """Normalises each token over its channels in float32, times 1 + scale, plus shift.
 

@@ -1,6 +1,7 @@
 """The parts of the networks: layers, the embedding of time and label, attention."""
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -146,6 +147,27 @@ class LabelEmbedding(nn.Module):
         return found.astype(self.dtype)
 
 
+def takes_cudnn(dtype: DTypeLike, head_channels: int, capability: tuple[int, int] | None) -> bool:
+    """Returns whether cuDNN's fused attention can be used on a GPU of this compute capability; None
+    is any other device.
+
+    In half precision, from Ampere on: heads of a multiple of 8 channels, at most 128, from Hopper
+    on 256.
+    """
+    if capability is None or capability < (8, 0):
+        return False
+    most = 256 if capability >= (9, 0) else 128
+    half = jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16)
+    return half and head_channels % 8 == 0 and head_channels <= most
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Returns that of this process's NVIDIA GPUs, the least; None on other devices."""
+    names = [getattr(device, "compute_capability", None) for device in jax.local_devices()]
+    found = [re.fullmatch(r"(\d+)\.(\d+)", str(name)) for name in names]  # AMD's are as gfx942
+    return min(((int(x[1]), int(x[2])) for x in found if x), default=None)
+
+
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, num_heads: int = 1) -> jax.Array:
     """Computes softmax(q k^T / sqrt(C)) v in each head of C channels, the softmax in float32.
 
@@ -153,15 +175,30 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, num_heads: int = 1) -> j
     """
     shape = q.shape
     q, k, v = (x.reshape(*shape[:2], num_heads, -1) for x in (q, k, v))
-    if jax.default_backend() != "cpu":
-        return jax.nn.dot_product_attention(q, k, v).reshape(shape)
-    # The same in less time on a CPU: plain products, and the division left to the few outputs.
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits = einsum("bqhc,bkhc->bhqk", q * q.shape[-1] ** -0.5, k)
+    if takes_cudnn(q.dtype, q.shape[-1], compute_capability()):
+        # JAX itself never chooses it. It keeps the N x N weights out of memory.
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(shape)
+    # Plain products, and the division left to the few outputs: less time on a CPU than JAX's own.
+    logits = float32_einsum("bqhc,bkhc->bhqk", q * q.shape[-1] ** -0.5, k)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    out = einsum("bhqk,bkhc->bhqc", weights.astype(v.dtype), v)
+    out = float32_einsum("bhqk,bkhc->bhqc", weights.astype(v.dtype), v)
     out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
     return out.transpose(0, 2, 1, 3).reshape(shape)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def float32_einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Computes a product of two arrays of one dtype to float32; its derivatives in their dtype,
+    where JAX's own would be products of float32."""
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+@float32_einsum.defjvp
+def _float32_einsum_jvp(equation: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, y), (dx, dy) = primals, tangents
+    out = float32_einsum(equation, x, y)
+    tangent = jnp.einsum(equation, dx, y) + jnp.einsum(equation, x, dy)
+    return out, tangent.astype(out.dtype)
 
 
 def embed(

@@ -27,6 +27,7 @@ from ddpm.models.layers import (
 from ddpm.models.remat import rematerialized, rematerialized_within
 
 
+@jax.named_scope("mean")
 def halved(x: jax.Array) -> jax.Array:
     """Averages each 2x2 pixels: [B, H, W, C] -> [B, H/2, W/2, C]."""
     batch, height, width, channels = x.shape

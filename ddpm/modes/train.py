@@ -41,16 +41,18 @@ from ddpm.training.checkpoints import Checkpoints, NotWritten, saved_meta
 from ddpm.training.dispatch import dispatches
 from ddpm.training.logbook import Logbook
 from ddpm.training.loop import Callback, Progress, every, run
+from ddpm.training.profiling import profiled
 from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState
 from ddpm.training.step import TrainStep
 from ddpm.training.stopping import StopSignal
 
 
-def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
+def train(config: ConfigDict, workdir: Path, init_from: str = "", profile: int = 0) -> None:
     """Trains to config.training.steps in `workdir`, from its latest good checkpoint if it has one,
     else from the pretrained weights that `init_from` names, if it does.
 
-    Leaves there: config.json, metrics.jsonl, losses.png, tensorboard/, samples/, checkpoints/.
+    Leaves there: config.json, metrics.jsonl, losses.png, tensorboard/, samples/, checkpoints/;
+    and profile/, where `profile` steps are to be traced.
     Raises InputError for what the user can mend, NotFinite if training diverged.
     """
     sharding.check_batch_size(
@@ -82,7 +84,7 @@ def train(config: ConfigDict, workdir: Path, init_from: str = "") -> None:
     check_memory(built, batches, start, step)
     with run_folder(workdir):
         try:
-            _train(built, data, workdir, given, batches, start, step)
+            _train(built, data, workdir, given, batches, start, step, profile)
         except OSError as error:
             raise InputError(
                 f"{path_error(error)}; then the same command resumes from the last checkpoint"
@@ -97,6 +99,7 @@ def _train(
     batches: Feed,
     start: Callable[[], TrainState],
     step: TrainStep,
+    profile: int,
 ) -> None:
     config, training, mesh = built.config, built.config.training, batches.mesh
     checkpoints = Checkpoints(workdir / "checkpoints", keep=training.checkpoints_kept)
@@ -117,9 +120,13 @@ def _train(
            training.ema_snapshot_every)  # fmt: skip
     parts = dispatches(first, training.steps, batches.steps, due)
     try:
-        with StopSignal() as stop:
+        tracing = profiled(
+            workdir / "profile", profile, first=first, last=training.steps, say=logbook.say
+        )
+        with StopSignal() as stop, tracing as trace:
             draw = _drawing(built, mesh, logbook, workdir, stop)
             callbacks = [
+                trace,
                 lambda progress: logbook.advance(progress.step),
                 every(training.log_every, log, last=training.steps),
                 _keeping_averages(built, workdir, checkpoints),

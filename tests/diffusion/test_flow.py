@@ -202,3 +202,23 @@ def test_key_and_batch():
     part = bits(x_0[2:], sample_keys(jax.random.key(0), np.arange(2, 4)))
     close(part, whole[2:], rtol=0, atol=1e-3)
     assert np.abs(bits(x_0, jax.random.key(1)) - whole).min() > 1e-4
+
+
+def test_a_network_with_a_gradient_alone_has_a_trace():
+    """As where a part of it is a kernel with a backward pass, and no derivative forwards."""
+    rng = np.random.default_rng(0)
+    matrix, x, probe = (np.float32(rng.normal(size=(3, n))) for n in (3, 3, 3))
+
+    def eps(x):
+        return jnp.sin(x @ matrix)
+
+    gradient_alone = jax.custom_vjp(eps)
+    gradient_alone.defvjp(lambda x: jax.vjp(eps, x), lambda pull, g: pull(g))
+    of = [jax.jit(lambda x, p, f=f: flow._with_trace(f, x, p)) for f in (gradient_alone, eps)]
+    jacobian = matrix.T * np.cos(x @ matrix)[:, :, None]  # [example, output, input]
+    for direction, expected in [
+        (None, np.trace(jacobian, axis1=1, axis2=2) / 3),
+        (probe, np.einsum("bi,bij,bj->b", probe, jacobian, probe) / 3),
+    ]:
+        for f in of:
+            close(f(x, direction)[1], expected, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,8 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.model_selection import LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from ddpm.evaluation import distances
+from ddpm.evaluation import distances, pairs
+from tests.evaluation import by_numpy
 
 
 def features(seed, n=400, d=6, shift=0.0, mean=0.0):
@@ -99,11 +100,48 @@ def test_overlap_by_nearest_neighbours():
     assert 0 < found.coverage < 1
 
 
-def test_overlap_in_blocks_of_rows_is_the_same(monkeypatch):
-    x, y = features(13, n=90), features(14, n=70)
-    whole, pieces = distances.overlap(x, y), distances._distances
-    monkeypatch.setattr(distances, "_distances", lambda a, b: pieces(a, b, rows=7))
-    assert distances.overlap(x, y) == whole
+def test_pairs_in_blocks_of_rows_are_the_same(monkeypatch):
+    x, y = features(13, n=90), features(14, n=90)
+    whole = distances.overlap(x, y), distances.two_sample_accuracy(x, y), distances.nearest(x, [y])
+    monkeypatch.setattr(pairs, "BLOCK", 1500)
+    assert distances.overlap(x, y) == whole[0]
+    assert distances.two_sample_accuracy(x, y) == whole[1]
+    np.testing.assert_array_equal(distances.nearest(x, [y]), whole[2])
+
+
+def tied(case, n=96):
+    """Two sets of which many pairs are as far as another, or farther by less than float32 tells."""
+    rng = np.random.default_rng(17)
+    x, y = rng.normal(size=(2, n, 5))
+    if case == "grid":
+        return np.round(x) / 10 + 1e3, np.round(y) / 10 + 1e3
+    if case == "copies of the other":
+        return x, rng.permutation(x)
+    if case == "clusters":
+        return np.round(x[:4]).repeat(n // 4, axis=0) + 1e-7 * x, np.round(x) + 1e-7 * y
+    if case == "one image":
+        return x, y[:1].repeat(n, axis=0)
+    if case == "nearly one image":
+        return x, y[0] * (1 + 1e-7 * np.round(y))
+    assert case == "float32 apart from the mean"
+    return x + 1e6 * (x > 0), y + 1e6 * (y > 0)
+
+
+CASES = ["grid", "copies of the other", "clusters", "one image", "nearly one image",
+         "float32 apart from the mean"]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_float32_cannot_tell_is_as_in_float64(case):
+    x, y = tied(case)
+    for a, b in ((x, y), (y, x), (x, x)):
+        for k in (1, 3):
+            np.testing.assert_allclose(distances.overlap(a, b, k=k), by_numpy.overlap(a, b, k))
+        assert distances.two_sample_accuracy(a, b) == by_numpy.two_sample_accuracy(a, b)
+        place, distance = by_numpy.nearest(a[:20], b)
+        found = distances.nearest(a[:20], (b[:50], b[50:50], b[50:]))
+        assert (found[0] == place).all()
+        np.testing.assert_allclose(found[1], distance, rtol=1e-12)
 
 
 def test_overlap_of_a_set_far_away_is_none_and_of_the_same_all():
@@ -166,4 +204,4 @@ def test_nearest_is_scikit_learns_in_any_batches():
     found = distances.nearest(queries, batches(x, (700, 1, 1500)))
     assert (found[0] == place[:, 0]).all()
     np.testing.assert_allclose(found[1], distance[:, 0], rtol=1e-9)
-    assert (distances.nearest(x[:5], [x])[1] < 1e-5).all()
+    assert (distances.nearest(x[:5], [x])[1] == 0).all()  # of copies

@@ -1,6 +1,7 @@
 """What the networks are made of, each by itself."""
 
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -207,17 +208,20 @@ def test_group_norm_adds_its_epsilon_to_the_variance():
 
 
 @pytest.mark.parametrize(("size", "heads"), [(1.0, 1), (30.0, 1), (1.0, 3)])
-def test_attention_is_that_of_jax_on_every_backend(size, heads, monkeypatch):
+def test_attention_is_that_of_jax(size, heads):
     q, k, v, g = np.float32(np.random.default_rng(0).normal(size=(4, 2, 9, 6))) * np.float32(size)
-    attention = functools.partial(layers.attention, num_heads=heads)
 
-    @functools.partial(jax.jit, static_argnames="backend")
-    def value_and_gradients(q, k, v, g, backend):
-        monkeypatch.setattr(jax, "default_backend", lambda: backend)
-        value, pull = jax.vjp(attention, q, k, v)
-        return value, *pull(g)
+    def theirs(q, k, v):
+        apart = (x.reshape(2, 9, heads, -1) for x in (q, k, v))
+        return jax.nn.dot_product_attention(*apart).reshape(q.shape)
 
-    results = [value_and_gradients(q, k, v, g, backend) for backend in ("cpu", "gpu")]
+    @jax.jit
+    def value_and_gradients(q, k, v, g):
+        ours = functools.partial(layers.attention, num_heads=heads)
+        pulls = [jax.vjp(f, q, k, v) for f in (ours, theirs)]
+        return [(value, *pull(g)) for value, pull in pulls]
+
+    results = value_and_gradients(q, k, v, g)
     parts = []
     for i in range(0, 6, 6 // heads):
         of = slice(i, i + 6 // heads)  # the channels of a head stand next to each other
@@ -225,8 +229,39 @@ def test_attention_is_that_of_jax_on_every_backend(size, heads, monkeypatch):
         parts.append(np.einsum("bqk,bkc->bqc", scipy.special.softmax(logits, axis=-1), v[..., of]))
     close(results[0][0], np.concatenate(parts, axis=-1), rtol=1e-4, atol=1e-4 * size)
     # A gradient is a difference of products of three of the four.
-    for cpu, other in zip(*results, strict=True):
-        close(cpu, other, rtol=1e-4, atol=2e-6 * size**3)
+    for found, expected in zip(*results, strict=True):
+        close(found, expected, rtol=1e-4, atol=2e-6 * size**3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "capability", "expected"),
+    [
+        ("bfloat16", 64, (8, 0), True),
+        ("float16", 72, (8, 6), True),  # DiT-XL's heads
+        ("bfloat16", 128, (8, 9), True),
+        ("bfloat16", 136, (8, 9), False),
+        ("bfloat16", 256, (9, 0), True),
+        ("bfloat16", 256, (12, 0), True),
+        ("bfloat16", 264, (9, 0), False),
+        ("bfloat16", 512, (9, 0), False),  # one head of the 256x256 model
+        ("bfloat16", 60, (9, 0), False),
+        ("float32", 64, (9, 0), False),
+        ("bfloat16", 64, (7, 5), False),
+        ("bfloat16", 64, None, False),
+    ],
+)
+def test_where_cudnn_has_attention(dtype, channels, capability, expected):
+    assert layers.takes_cudnn(jnp.dtype(dtype), channels, capability) is expected
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["9.0"], (9, 0)), (["12.0", "8.6"], (8, 6)), (["gfx942"], None), ([None], None)],
+)
+def test_compute_capability_is_that_of_nvidia(names, expected, monkeypatch):
+    devices = [types.SimpleNamespace(**({"compute_capability": n} if n else {})) for n in names]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert layers.compute_capability() == expected
 
 
 def test_norm_of_bfloat16_far_from_zero():
