@@ -80,7 +80,7 @@ def out_of_memory(error: BaseException, batches: Mapping[str, int]) -> InputErro
     not be had; `batches` are the keys that set the size of what was computed, with their values."""
     chain: BaseException | None = error
     while chain is not None:
-        if isinstance(chain, MemoryError) or "RESOURCE_EXHAUSTED" in str(chain):
+        if is_of_memory(chain):
             break
         chain = chain.__cause__
     else:
@@ -91,6 +91,11 @@ def out_of_memory(error: BaseException, batches: Mapping[str, int]) -> InputErro
         f"out of memory ({why}): lower {lower}, or train with a smaller config.data.image_size or "
         "config.model.channels"
     )
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Returns whether an error is Python's or JAX's of memory that could not be had."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 class NotFinite(RuntimeError):

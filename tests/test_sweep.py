@@ -202,6 +202,14 @@ def test_weights_of_another_config_are_no_row(tmp_path, step, changes, said):
     assert not (tmp_path / "digits_seed1").exists()  # before the first is trained
 
 
+@pytest.mark.parametrize("damaged", ['{"step": 24', "[]", "\0"])
+def test_a_damaged_result_is_named(tmp_path, damaged):
+    (tmp_path / "digits_seed0").mkdir()
+    (tmp_path / "digits_seed0/evaluation.json").write_text(damaged)
+    with pytest.raises(InputError, match=r"digits_seed0/evaluation\.json: its JSON "):
+        sweep.sweep(one_entry(), [0], tmp_path, stand_in(tmp_path, "sys.exit(4)"))
+
+
 @pytest.mark.parametrize("about", [{"step": 1200}, {"step": 2400, "failed": {"flow": "why"}}])
 def test_what_is_evaluated_half_is_not_finished(tmp_path, about):
     """A look at the run on its way, or a part that failed: trained on, and evaluated again."""

@@ -30,6 +30,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues | None = None) -> flags.
     wrong in them or in the config file; the config's values are not checked.
     """
     values = flags.FlagValues() if values is None else values
+    _check_keys_are_single(argv)
     argv = _last_of_each(_config_first(argv))
     try:
         make_importable()
@@ -105,30 +106,31 @@ def overrides(argv: Sequence[str]) -> list[str]:
 
 
 def config_file(argv: Sequence[str]) -> str:
-    """Returns what --config is given as in argv, '' where it is not."""
-    for argument, after in zip(argv, [*argv[1:], ""], strict=True):
+    """Returns what --config is given as in argv, '' where it is not; of several the last."""
+    return "".join(_split(argv)[0][-1:])
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the values of --config in argv, and the arguments without it."""
+    chosen, others, rest = [], [], list(argv)
+    while rest:
+        argument = rest.pop(0)
         if argument.startswith(("--config=", "-config=")):
-            return argument.split("=", 1)[1]
-        if argument in ("--config", "-config"):
-            return after
-    return ""
+            chosen.append(argument.split("=", 1)[1])
+        elif argument in ("--config", "-config") and rest:
+            chosen.append(rest.pop(0))
+        else:
+            others.append(argument)
+    return chosen, others
 
 
 def _config_first(argv: Sequence[str]) -> list[str]:
-    """Returns the arguments with --config=FILE, of a name its file, before its overrides, where it
-    must be for absl."""
-    program, *rest = argv
-    for i, argument in enumerate(rest):
-        if argument.startswith(("--config=", "-config=")):
-            chosen = rest.pop(i).split("=", 1)[1]
-            break
-        if argument in ("--config", "-config") and i + 1 < len(rest):
-            chosen = rest.pop(i + 1)
-            rest.pop(i)
-            break
-    else:
+    """Returns the arguments with the last --config=FILE, of a name its file, before its overrides,
+    where it must be for absl."""
+    chosen, (program, *others) = _split(argv)
+    if not chosen:
         return list(argv)
-    return [program, f"--config={find_file('config', chosen)}", *rest]
+    return [program, f"--config={find_file('config', chosen[-1])}", *others]
 
 
 def _last_of_each(argv: Sequence[str]) -> list[str]:
@@ -156,6 +158,14 @@ def _key(argument: str) -> str | None:
     return None
 
 
+def _check_keys_are_single(argv: Sequence[str]) -> None:
+    """Raises InputError for an override of a whole section, which absl would put in its place."""
+    sections = {key.split(".")[0] for key in flatten(default()) if "." in key}
+    for argument in argv:
+        if (key := _key(argument)) in sections:
+            raise InputError(f"--config.{key} is a section: override its keys, --config.{key}.KEY")
+
+
 def _wrong_key(argv: Sequence[str]) -> str:
     known = flatten(default())
     for argument in argv[1:]:
@@ -181,6 +191,8 @@ def _last_line(error: BaseException) -> str:
     found = re.match("flag (--config=([^:]*)[^:]*):", lines[0]) if lines else None
     if found is None or len(lines) == 1:
         return first_line(error)
+    if "get_config() takes 0 positional" in lines[-1]:
+        return f"{found[1]}: has no variants, so nothing may follow a colon"
     places = [line for line in lines if line.startswith(f'File "{found[2]}", line ')]
     where = f", line {re.findall('line ([0-9]+)', places[-1])[0]}" if places else ""
     return f"{found[1]}{where}: {lines[-1]}"

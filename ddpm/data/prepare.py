@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from ddpm.data import catalogue
 from ddpm.data.originals import file_name, without_tensorflow
 from ddpm.errors import InputError, first_line
+from ddpm.files.progress import on_terminal
 
 
 def prepare(
@@ -65,7 +66,7 @@ def prepare(
 
 def _run(builder: Any, manual: Path) -> None:
     library = catalogue.import_tfds()
-    if not sys.stderr.isatty():
+    if not on_terminal():
         library.disable_progress_bar()
     with catalogue.quiet():
         builder.download_and_prepare(

@@ -70,9 +70,11 @@ def q_step(
 ) -> jax.Array:
     """Draws x_t ~ q(x_t | x_s), s < t: sqrt(1 - beta_{t|s}) x_s + sqrt(beta_{t|s}) eps (Eq. 2).
 
-    s is t - 1 if left out; from s = 0 it is `q_sample`. NaN for s > t.
+    s is t - 1 if left out; from s = 0 it is `q_sample`. NaN for s > t. Raises ValueError for x_s of
+    integers.
     """
     same_shape(x_s=x_s, eps=eps)
+    x_s = check_scaled(x_s, "x_s")
     t, s = step_times(schedule.ends, t, s)
     step = schedule.between(s, t)
     return expand_like(step.alpha, x_s) * x_s + expand_like(jnp.sqrt(step.beta), x_s) * eps
@@ -97,9 +99,11 @@ def q_posterior(
 ) -> Gaussian:
     """Returns q(x_s | x_t, x_0) for s < t; s is t - 1 if left out (Eqs. 6 and 7). NaN for s > t.
 
-    At s = 0 the variance is 0 and the log-variance that of `fixed_small`, which is finite.
+    At s = 0 the variance is 0 and the log-variance that of `fixed_small`, which is finite. Raises
+    ValueError for x_0 or x_t of integers.
     """
     same_shape(x_0=x_0, x_t=x_t)
+    x_0, x_t = check_scaled(x_0), check_scaled(x_t, "x_t")
     t, s = step_times(schedule.ends, t, s)
     step = schedule.between(s, t)
     of_x_0, of_x_t = posterior_coefficients(step)
@@ -174,8 +178,10 @@ def decoder_log_likelihood(
 
     Returns:
       Nats, elementwise, in the shape of x_0.
+
+    Raises ValueError for x_0 of integers.
     """
-    half = HALF_BIN
+    x_0, half = check_scaled(x_0), HALF_BIN
     inverse_std = jnp.exp(-0.5 * log_variance)
     centred = x_0 - mean
     upper = (centred + half) * inverse_std

@@ -26,9 +26,11 @@ from ddpm.diffusion.gaussian import (
 )
 from ddpm.diffusion.loss_weights import Weight, on_v
 from ddpm.diffusion.predictions import Denoiser, Prediction, predict, to_score, to_v
-from ddpm.diffusion.schedules import NoiseSchedule, Schedule
+from ddpm.diffusion.schedules import NoiseSchedule, Schedule, require_signal
 from ddpm.diffusion.times import as_times
 from ddpm.diffusion.variances import ReverseVariance
+
+NO_END = "where an integral over log-SNR has no end"
 
 # Of the difference of two predictions at one x_t, the truth and the network's: [B, ...]. All are
 # linear in it, so what x_t adds to v, score and mean cancels.
@@ -78,7 +80,8 @@ def weighted(weight: Weight, *, over_log_snr: bool = False) -> Criterion:
 
     With `over_log_snr` the weight is that of an integral over log-SNR, on which the schedule has no
     say but for its ends: times -d log_snr/dt and the length of the time, as t is drawn uniformly;
-    of whole times the expectation is the trapezoidal rule.
+    of whole times the expectation is the trapezoidal rule. Where the schedule has no such integral
+    the criterion raises ValueError.
     The bound itself is half of L_simple so taken (Kingma & Gao 2023): likelihood weighting.
     """
 
@@ -197,12 +200,12 @@ def continuous_bound(
     With t uniform between the schedule's ends (for a table that is 1..T, t fractional) its
     expectation is the diffusion loss of VDM (Kingma et al. 2021), the limit of
     L_1 + .. + L_{T-1} with fixed-small variance; L_0 and L_T are not in it. The log-SNR in between
-    is linear for a table, and does not matter but for the noise of the estimate.
+    is linear for a table, and does not matter but for the noise of the estimate. Raises ValueError
+    for a schedule of one noise level, or one that leaves no signal.
     """
     _, t, prediction = _predict(schedule, denoiser, x_0, t, eps)
-    length = schedule.ends[1] - schedule.ends[0]
     squares = per_example_mean(_error(x_0, eps, prediction).eps ** 2)
-    return -0.5 * BITS_PER_NAT * length * schedule.slope(t) * squares
+    return 0.5 * BITS_PER_NAT * _log_snr_jacobian(schedule, t.astype(jnp.float32)) * squares
 
 
 def ends_of_bound(schedule: Schedule, x_0: jax.Array, eps: jax.Array) -> jax.Array:
@@ -224,8 +227,14 @@ def ends_of_bound(schedule: Schedule, x_0: jax.Array, eps: jax.Array) -> jax.Arr
 
 
 def _log_snr_jacobian(schedule: Schedule, t: jax.Array) -> jax.Array:
-    """Turns a mean over uniform times into an integral over log-SNR between the ends, [B]."""
+    """Turns a mean over uniform times into an integral over log-SNR between the ends, [B].
+
+    Raises ValueError for ends between which there is none.
+    """
+    require_signal(schedule, NO_END)
     first, last = schedule.ends
+    if first == last:
+        raise ValueError(f"the schedule has one noise level, {first:g}: no integral over log-SNR")
     if not jnp.issubdtype(t.dtype, jnp.integer):
         return -schedule.slope(t) * (last - first)
     before = schedule.between(jnp.maximum(t - 1, int(first)), t)

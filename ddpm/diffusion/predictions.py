@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddpm.diffusion.gaussian import expand_like, posterior_coefficients, same_shape
 from ddpm.diffusion.schedules import Schedule, require_signal
@@ -105,9 +106,14 @@ def denoiser(
     `from_x_0`, ...
     With `learned`, such as `variances.learned_range`, it has twice the channels: the second half is
     the reverse variance. Raises ValueError where x_0 is not determined, for eps or the score with
-    no signal at t = T; or for an odd number of channels that should be halved.
+    no signal at t = T; or for an odd number of channels that should be halved; TypeError for what
+    is no parameterization, such as its name.
     """
     read = parameterization or from_eps
+    if not isinstance(read, Parameterization):
+        raise TypeError(
+            f"parameterization is {read!r}: pass one of ddpm.predictions, such as from_v"
+        )
     if read.needs_signal:
         require_signal(schedule, NOT_TOLD)
 
@@ -242,13 +248,25 @@ def from_posterior_mean(
     s: jax.Array | None = None,
 ) -> Prediction:
     """Returns the prediction for the mean of q(x_s | x_t, x_0), mu-tilde of Eq. 7, solved for x_0;
-    s is t - 1 if left out."""
+    s is t - 1 if left out: ValueError for fractional t, whose t - 1 is no step's end."""
     same_shape(x_t=x_t, mean=mean)
+    single = s is None
     t, s = step_times(schedule.ends, t, s)
+    if single and not _whole(t):
+        raise ValueError(
+            "the posterior mean is that of the step from t to t - 1, and t is fractional: take "
+            "whole times, a sampler that asks at those alone, or another prediction"
+        )
     of_x_0, of_x_t = posterior_coefficients(schedule.between(s, t))
     return from_x_0(
         schedule, x_t, t, (mean - expand_like(of_x_t, x_t) * x_t) / expand_like(of_x_0, x_t)
     )
+
+
+def _whole(t: jax.Array) -> bool:
+    if isinstance(t, jax.core.Tracer):
+        return not jnp.issubdtype(t.dtype, jnp.floating)
+    return bool((np.asarray(t) % 1 == 0).all())
 
 
 def to_v(schedule: Schedule, t: jax.Array, prediction: Prediction) -> jax.Array:

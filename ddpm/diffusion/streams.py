@@ -52,7 +52,8 @@ def check_key(key: Any) -> jax.Array:
     Raises TypeError for anything else, such as the seed itself.
     """
     kind = getattr(key, "dtype", None)
-    if kind is None or not (kind == np.uint32 or jnp.issubdtype(kind, jax.dtypes.prng_key)):
+    raw = kind == np.uint32 and np.ndim(key) > 0  # of jax.random.PRNGKey; a number is a seed
+    if not (raw or (kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key))):
         shown = f"an array of {kind}" if np.ndim(key) else f"{key!r}"
         raise TypeError(f"key is {shown}: pass a key, jax.random.key(seed)")
     return key

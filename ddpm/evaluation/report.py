@@ -23,7 +23,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var
 h1 { font-size: 1.7rem; margin-bottom: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 a { color: var(--link); }
-p { max-width: 46rem; } p.about, figcaption { color: var(--soft); margin-top: .2rem; }
+p { max-width: 46rem; overflow-wrap: anywhere; }
+p.about, figcaption { color: var(--soft); margin-top: .2rem; }
 nav ol { columns: 16rem; padding-left: 1.5rem; }
 div.wide { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; }

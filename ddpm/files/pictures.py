@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ddpm.diffusion.pixels import HALF_BIN, to_uint8
+from ddpm.diffusion.times import whole_number
 from ddpm.errors import InputError
 from ddpm.files.atomic import write_atomically
 
@@ -23,10 +24,12 @@ FARTHEST = 10  # from 0, of a float that may still be noise on [-1, 1]
 def grid(images: np.ndarray, *, columns: int | None = None, gap: int = 1) -> np.ndarray:
     """Tiles images [n, H, W, C], near square unless `columns` is given: uint8[h, w, C].
 
-    Raises ValueError as `as_pixels` does.
+    Raises ValueError as `as_pixels` does, and for columns that are no number of them.
     """
     images = as_pixels(images)
     n, height, width, channels = images.shape
+    if columns is not None:
+        whole_number("columns", columns)
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     sheet = np.full((rows, height + gap, columns, width + gap, channels), 255, np.uint8)

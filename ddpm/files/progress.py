@@ -4,6 +4,7 @@ with doing("sampling", total=64) as bar:
     bar.update(8)
 """
 
+import os
 import sys
 import threading
 import time
@@ -28,6 +29,17 @@ def say(text: str) -> None:
     tqdm.write(printable(text), file=sys.stderr)
     sys.stderr.flush()
     _spoke = time.monotonic()
+
+
+def on_terminal() -> bool:
+    """Returns whether a bar can be seen. tqdm shows none on a terminal without a size, as `ssh -tt`
+    from a script gives one."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return min(os.get_terminal_size(sys.stderr.fileno())) > 0
+    except OSError:  # a stream in its place, without a descriptor
+        return True
 
 
 def clock(seconds: float) -> str:
@@ -106,7 +118,7 @@ class doing:
 
     def _show(self) -> None:
         """Shows the bar, or a clock alone, if there is a terminal."""
-        if sys.stderr.isatty():
+        if on_terminal():
             self.bar = tqdm(
                 total=self.total or None,
                 initial=self.done,
@@ -133,7 +145,7 @@ class doing:
                     continue
                 if self.bar is not None:
                     self.bar.refresh()
-                elif sys.stderr.isatty():
+                elif on_terminal():
                     self._show()
                 elif time.monotonic() - _spoke >= SILENCE_S:
                     say(self._line())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import InputError, first_line
+from ddpm.files.machine import machine_memory
 
 
 def check_file(path: Path, *, hint: str = "") -> None:
@@ -38,18 +39,9 @@ def check_fits(path: Path, size: int) -> None:
 
 
 def free_memory() -> int | None:
-    """Returns the bytes that a process can still have, by Linux and its control group; None where
-    nothing says."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")]
-        group = Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text())
-        found.append(int((group / "memory.max").read_text()) - used)
-    except (OSError, ValueError):  # another system, no control group, or no limit ('max')
-        pass
-    return max(0, min(found)) if found else None
+    """Returns the bytes that a process can still have; None where nothing says."""
+    there = machine_memory()
+    return there and there.free
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +20,10 @@ from ddpm.config.same_run import check_same_run
 from ddpm.data.images import check_image_shape
 from ddpm.diffusion.analytic import second_moments
 from ddpm.diffusion.pixels import to_float
-from ddpm.errors import InputError, first_line
+from ddpm.errors import InputError
 from ddpm.files.atomic import write_atomically
 from ddpm.files.progress import doing, say
+from ddpm.files.tensors import read_tensors
 from ddpm.interop import weights
 from ddpm.modes.run_folder import compiling, described
 from ddpm.sampling.generate import Generator
@@ -180,12 +180,8 @@ def with_variance(run: Run, workdir: Path) -> Run:
     path = workdir / "moments" / f"{run.tag}_n{s.analytic_images}_{run.fingerprint('data')}.npz"
     wanted = (run.built.schedule.num_steps + 1,)
     if path.exists():
-        try:
-            with np.load(path) as file:
-                moments = file["moments"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: cannot be read ({first_line(error)}); remove it") from error
-        if moments.shape != wanted or not np.isfinite(moments).all():
+        moments = read_tensors(path, hint="remove it").get("moments")
+        if moments is None or moments.shape != wanted or not np.isfinite(moments).all():
             raise InputError(f"{path}: not {wanted[0]} finite numbers; remove it")
         return run._replace(built=run.built._replace(moments=jnp.asarray(moments)))
     source = data_source(config)

@@ -27,6 +27,7 @@ from ddpm.errors import InputError, NotFinite
 from ddpm.evaluation import report
 from ddpm.files.atomic import check_writable, write_atomically
 from ddpm.files.progress import say
+from ddpm.files.reading import read_json
 from ddpm.modes.evaluate import FAILED
 from ddpm.modes.measures.job import check_parts
 from ddpm.modes.measures.likelihoods import DEQUANTISED
@@ -154,7 +155,7 @@ def _result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
     for name in ("evaluation.json", f"{DIVERGED}.json"):
         path = workdir / name
         if path.exists():
-            found = json.loads(path.read_text())
+            found = read_json(path)
             finished = DIVERGED in found or found.get("step") == config.training.steps
             if finished and not found.get(FAILED) and found.get("config") == to_json(config):
                 return found

@@ -14,7 +14,7 @@ import numpy as np
 from ddpm.diffusion.flow import NO_END
 from ddpm.diffusion.pixels import check_scaled
 from ddpm.diffusion.predictions import Denoiser
-from ddpm.diffusion.process import GaussianDiffusion, Process, StepInfo
+from ddpm.diffusion.process import GaussianDiffusion, Process, Step, StepInfo, StepResult
 from ddpm.diffusion.schedules import NoiseSchedule, require_signal
 from ddpm.diffusion.streams import keys_per_example, noise_streams
 from ddpm.sampling import samplers
@@ -51,7 +51,8 @@ def sample(
         last is where it ends.
       x_t: where to begin, at the first of the times; standard normal if left out.
 
-    Raises ValueError for times that do not fall within 0..T, or x_t of another shape.
+    Raises ValueError for times that do not fall within 0..T, x_t of another shape, or steps longer
+    than a `learned_diagonal` variance is of; TypeError for what is no sampler, denoiser or key.
     """
     return sample_chain(
         key, schedule, denoiser, shape, sampler=sampler, times=times, x_t=x_t, snapshots=0
@@ -71,11 +72,14 @@ def sample_chain(
 ) -> Chain:
     """Draws as `sample` does, keeping `snapshots` evenly spread moments of the chain, the start
     first."""
-    sampler = sampler or ancestral()
+    sampler = ancestral() if sampler is None else sampler
+    if not isinstance(sampler, Sampler):
+        raise TypeError(f"sampler is {sampler!r}: pass one as it is made, ddpm.ddim(steps=50)")
     if times is None:
         times = samplers.times(schedule.num_steps, sampler.steps)
     times = check_chain(schedule, sampler, times)
-    process = GaussianDiffusion(schedule, step=sampler.step, make_memory=sampler.memory)
+    step = _single_steps_alone(sampler) if (np.diff(times) < -1).any() else sampler.step
+    process = GaussianDiffusion(schedule, step=step, make_memory=sampler.memory)
     start = None if x_t is None else check_scaled(x_t, "x_t")
     return run_chain(key, process, denoiser, shape, times, x_t=start, snapshots=snapshots)
 
@@ -134,6 +138,22 @@ def run_chain(
     (x_0, _, evaluations, kept), _ = jax.lax.scan(step, carry, inputs)
     x_kept, predicted = (k[:snapshots] for k in kept)
     return Chain(x_0, t[:-1][moments], x_kept, predicted, evaluations)
+
+
+def _single_steps_alone(sampler: Sampler) -> Step:
+    """Returns the sampler's step, which raises ValueError where it would take a variance that was
+    learned for steps from t to t - 1."""
+
+    def step(*of: Any) -> StepResult:
+        found = sampler.step(*of)
+        if sampler.uses_variance and found.prediction.log_variance is not None:
+            raise ValueError(
+                "the learned variance is that of single steps from t to t - 1: take all T steps, "
+                "or ddim, or train with learned_range"
+            )
+        return found
+
+    return step
 
 
 def check_chain(

@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts  # of Orbax, which writes by it
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, is_of_memory
 from ddpm.training.state import TrainState
 
 _ARRAYS = ("params", "ema_params", "opt_state")
@@ -233,7 +233,7 @@ def _raise_damaged(text: str, error: Exception) -> NoReturn:
     """Raises Damaged for an error of the layers below, if the files are to blame."""
     chain: BaseException | None = error
     while chain is not None:
-        if isinstance(chain, MemoryError) or "RESOURCE_EXHAUSTED" in str(chain):
+        if is_of_memory(chain):
             raise error
         if isinstance(chain, PermissionError):
             raise InputError(f"{chain.filename or 'a checkpoint'}: {chain.strerror}") from error

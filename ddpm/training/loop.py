@@ -1,8 +1,11 @@
 """The training loop: step, then whoever wants to log, save or sample."""
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import jax
 
 from ddpm.training.state import Metrics, TrainState
 from ddpm.training.stopping import StopSignal
@@ -32,9 +35,11 @@ def run(
 
     `progress` is changed in place, so that it is right however this ends.
     """
+    keep_up = _keeping_up()
     for number, (steps, batch) in enumerate(batches):
         progress.state, progress.metrics = train_step(progress.state, progress.metrics, *batch)
         progress.step += len(steps)
+        keep_up(progress)
         for callback in callbacks:
             callback(progress)
         if stop.requested(number):
@@ -49,3 +54,22 @@ def every(steps: int, callback: Callback, *, last: int = 0) -> Callback:
             callback(progress)
 
     return at
+
+
+def _keeping_up(seconds: float = 0.5) -> Callback:
+    """Returns the callback that waits for the devices after at most about `seconds` of work.
+
+    JAX only queues a step, tens of them if it may. A stop would have to wait for all of these, and
+    what is said of progress would be ahead of it.
+    """
+    queued, most, waited = 0, 1, time.perf_counter()
+
+    def callback(progress: Progress) -> None:
+        nonlocal queued, most, waited
+        queued += 1
+        if queued >= most:
+            jax.block_until_ready(progress.metrics)
+            before, waited = waited, time.perf_counter()
+            queued, most = 0, max(1, int(queued * seconds / max(waited - before, 1e-6)))
+
+    return callback

@@ -1,14 +1,14 @@
 """The memory that a training step takes, estimated before it is compiled, and that there is."""
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
+
+from ddpm.files.machine import Memory, machine_memory
 
 # Results of these are arrays in memory; of all others, which are elementwise, only if several
 # operations read them.
@@ -46,13 +46,6 @@ class _Operation(NamedTuple):
     inner: int
 
 
-class Memory(NamedTuple):
-    """Bytes for one device: all there is, and what is free of it."""
-
-    total: int
-    free: int
-
-
 def temporaries(jaxpr: core.Jaxpr) -> int:
     """Estimates the memory of a program's intermediate results, bytes: the most that are alive at
     once, in the program's order, without those that XLA fuses into their readers.
@@ -79,42 +72,8 @@ def memory(device: Any) -> Memory | None:
         return Memory(stats["bytes_limit"], stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     if device.platform != "cpu":
         return None
-    try:
-        total, free = _of_machine()
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
-    limit = min(_of_group(), default=total)
-    devices = jax.local_device_count()
-    return Memory(min(total, limit) // devices, min(free, limit) // devices)
-
-
-def _of_machine() -> tuple[int, int]:
-    """Returns the bytes of memory and swap, all and free; raises where the system does not say."""
-    file = Path("/proc/meminfo")
-    if not file.exists():
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return total, total
-    lines = (line.split() for line in file.read_text().splitlines())
-    kilobytes = {words[0].rstrip(":"): int(words[1]) for words in lines}
-    total = kilobytes["MemTotal"] + kilobytes["SwapTotal"]
-    return 1024 * total, 1024 * (kilobytes["MemAvailable"] + kilobytes["SwapFree"])
-
-
-def _of_group() -> Iterator[int]:
-    """Yields the limits in bytes of this process's control groups (version 1 or 2), if any."""
-    groups = Path("/proc/self/cgroup")
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, kinds, path = line.split(":", 2)
-        if kinds and "memory" not in kinds.split(","):
-            continue
-        root = Path("/sys/fs/cgroup/memory" if kinds else "/sys/fs/cgroup")
-        name = "memory.limit_in_bytes" if kinds else "memory.max"
-        folder = root / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            if place.is_relative_to(root) and (place / name).is_file():
-                text = (place / name).read_text().strip()
-                if text.isdecimal():  # not 'max'
-                    yield int(text)
+    there, devices = machine_memory(), jax.local_device_count()
+    return there and Memory(there.total // devices, there.free // devices)
 
 
 def _peak(jaxpr: core.Jaxpr) -> int:

@@ -5,7 +5,6 @@ Each is one file, averages/step_N_std0.05.npz in the run's folder, of a power-fu
 """
 
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from ddpm.errors import InputError, first_line
+from ddpm.errors import InputError
 from ddpm.files.atomic import write_atomically
+from ddpm.files.tensors import read_tensors
 from ddpm.training import ema
 
 WORST = 0.1  # misfit of an average that is still made
@@ -88,11 +88,7 @@ def _found(folder: Path) -> list[tuple[Path, int, float]]:
 
 
 def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, EOFError, RuntimeError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: cannot be read ({first_line(error)}); remove it") from error
+    arrays = read_tensors(path, hint="remove it")
     if {key: array.shape for key, array in arrays.items()} != shapes:
         raise InputError(f"{path}: of another network than the checkpoint; remove it")
     return arrays

@@ -12,7 +12,7 @@ from ddpm.build.checks import validate
 from ddpm.build.data import check_labels
 from ddpm.build.schedule import SCHEDULES, noise_schedule
 from ddpm.config import default, flatten, to_json
-from ddpm.config.command import overrides, parse
+from ddpm.config.command import config_file, overrides, parse
 from ddpm.config.rules import check_values
 from ddpm.config.same_run import check_same_run
 from ddpm.data.sources import ArraySource
@@ -238,6 +238,34 @@ def test_of_a_flag_given_twice_the_last_wins(given, expected):
     assert expected.items() <= flatten(found.config.to_dict()).items()
     # A sweep hands the overrides on to each of its runs, and reads them in the same way.
     assert parse(["main.py", file, *overrides(given)]).config.to_json() == found.config.to_json()
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+@pytest.mark.parametrize(
+    "given", [["--config=cifar10", "--config=digits"], ["-config", "cifar10", "--config", "digits"]]
+)
+def test_of_several_config_files_the_last_is_taken(given):
+    found = parse(["main.py", *given, "--config.seed=3"])
+    assert found.config.data.name == "digits"
+    assert found.config.seed == 3
+    assert config_file(["main.py", *given]) == "digits"  # of which the run folder has its name
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--config="], r"^--config=: must be a file or celebahq256, "),
+        (["--config=digits", "--config="], r"^--config=: must be a file or celebahq256, "),
+        (["--config=cifar10:foo"], r"cifar10\.py: has no variants"),
+        (["--config=cifar10:"], r"cifar10\.py: has no variants"),
+        (["--config=digits", "--config.model=3"], r"^--config\.model is a section: override its k"),
+        (["--config=digits", "--config.training", "x"], r"^--config\.training is a section"),
+    ],
+)
+def test_no_file_no_variant_and_no_key(given, said):
+    with pytest.raises(InputError, match=said):
+        parse(["main.py", *given])
 
 
 def test_flatten():

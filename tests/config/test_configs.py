@@ -108,6 +108,11 @@ def step_and_state(config, shape):
     return step, shapes, built.objective.schedule_parameters()
 
 
+@pytest.mark.parametrize("file", [f for f in FILES if "folder" in f.stem], ids=lambda f: f.stem)
+def test_a_folder_is_evaluated_without_weights_to_download(file):
+    assert not {"distances", "neighbours"} & set(load(file).evaluation.parts)
+
+
 @pytest.mark.parametrize("file", of_distinct_steps(), ids=lambda f: f.stem)
 def test_config_takes_a_step_at_toy_size(file):
     """The step is taken by shapes, compiled where it is one of its own. Full networks are built by

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm import Prediction, losses, schedules
+from ddpm import Prediction, loss_weights, losses, schedules
 from tests.exact import NAMES, close, gaussian_denoiser, pair
 
 MEAN, VARIANCE = 0.4, 0.25
@@ -108,3 +108,21 @@ def test_one_time_for_all():
         losses.simple(schedule, exact, x_0, 7, eps),
         losses.simple(schedule, exact, x_0, jnp.full(3, 7), eps),
     )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (schedules.zero_terminal_snr(schedules.linear(5)), "leaves no signal at t = T = 5"),
+        (schedules.linear(1), "has one noise level, 1"),
+    ],
+)
+def test_integrals_over_log_snr_have_ends(schedule, said):
+    """As the command refuses: a loss of infinity, or of 0 whatever the network says."""
+    x, t = jnp.ones((2, 3)), np.ones(2, np.int32)
+    denoise = lambda x_t, t: Prediction(0 * x_t, x_t)  # noqa: E731
+    with pytest.raises(ValueError, match=said):
+        losses.continuous_bound(schedule, denoise, x, t, x)
+    criterion = losses.weighted(loss_weights.simple, over_log_snr=True)
+    with pytest.raises(ValueError, match=said):
+        losses.regression(schedule, denoise, x, t, x, criterion)

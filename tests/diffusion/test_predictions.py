@@ -291,3 +291,20 @@ def test_log_snr_is_given_in_0_to_1000_and_not_beyond():
     assert (
         conditioned(jnp.zeros(7), jnp.zeros(7)) == jnp.array([0, 0, 0, 250, 1000, 1000, 1000])
     ).all()
+
+
+def test_the_name_of_a_parameterization_is_none():
+    with pytest.raises(TypeError, match=r"^parameterization is 'v': pass one of ddpm\.predictions"):
+        denoiser(schedules.linear(5), lambda x, t: x, "v")
+
+
+def test_posterior_mean_is_of_whole_times():
+    """Of others, which the command refuses, its x_0 is not a number or wrong."""
+    schedule, x = schedules.linear(10), jnp.ones((2, 3))
+    read = denoiser(schedule, lambda x, t: x, predictions.from_posterior_mean)
+    assert np.isfinite(read(x, np.float32([4, 5])).x_0).all()
+    for call in (read, jax.jit(read)):
+        with pytest.raises(ValueError, match="the step from t to t - 1, and t is fractional"):
+            call(x, np.float32([4, 4.5]))
+    mean = predictions.from_posterior_mean(schedule, x, np.full(2, 4.5), x, s=np.full(2, 2.0))
+    assert np.isfinite(mean.x_0).all()

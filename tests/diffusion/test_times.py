@@ -151,7 +151,7 @@ def test_what_is_no_denoiser_is_refused(name):
     ],
 )
 def test_a_seed_is_no_key(call):
-    for wrong in (0, np.int64(3), np.array([1, 2]), None, 0.5):
+    for wrong in (0, np.int64(3), np.uint32(3), np.array([1, 2]), None, 0.5):
         with pytest.raises(TypeError, match=r"^key is .*: pass a key, jax\.random\.key\(seed\)"):
             call(wrong)
 

@@ -9,11 +9,13 @@ from ddpm import (
     Prediction,
     ancestral,
     clipped,
+    ddim,
     denoiser,
     fixed_large,
     fixed_small,
     predictions,
     sample,
+    schedules,
 )
 from ddpm.diffusion import continuous, variances
 from ddpm.diffusion.variances import learned_diagonal, learned_range, reverse_log_variance
@@ -119,3 +121,14 @@ def test_range_in_a_chain_of_fewer_steps(steps):
     )()  # fmt: skip
     close(chain(0.0), fixed, rtol=1e-4, atol=1e-5)
     assert abs(chain(1.0) - fixed).max() > 1e-2
+
+
+def test_a_learned_diagonal_is_of_single_steps():
+    """That of longer ones would be too small: refused, as by the command."""
+    schedule, key = schedules.linear(5), jax.random.key(0)
+    twice = lambda x, t: jnp.concatenate([x, x], -1)  # noqa: E731
+    denoise = denoiser(schedule, twice, learned=learned_diagonal)
+    for sampler in (ddim(steps=2), ancestral()):
+        sample(key, schedule, denoise, (2, 3), sampler=sampler)
+    with pytest.raises(ValueError, match="is that of single steps from t to t - 1: take all T"):
+        sample(key, schedule, denoise, (2, 3), sampler=ancestral(steps=2))

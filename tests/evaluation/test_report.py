@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 
 import numpy as np
 import pytest
@@ -29,6 +30,12 @@ from tests.page import Page, check
 )  # fmt: skip
 def test_words_are_set_as_in_print(plain, found):
     assert report.typeset(plain) == found
+
+
+def test_long_words_do_not_widen_a_narrow_page():
+    """Such as a digest of weights: on a telephone the whole page would scroll sideways."""
+    style = report.page("run", "", []).split("</style>")[0]
+    assert re.search(r"^p \{[^}]*overflow-wrap: anywhere", style, re.MULTILINE)
 
 
 def test_page_is_valid_whatever_the_names():

@@ -1,7 +1,11 @@
 """What is being done is shown on a terminal and, as lines after silences, elsewhere."""
 
+import fcntl
 import io
+import pty
+import struct
 import sys
+import termios
 import time
 
 import pytest
@@ -72,3 +76,13 @@ def test_a_terminal_has_a_bar_whose_clock_runs(monkeypatch, total):
         wait_until(lambda: "00:05" in printed())
         say("one line")
     assert "\rone line\n" in printed().replace("\x1b[A", "")
+
+
+def test_a_terminal_without_a_size_has_lines(monkeypatch):
+    ours, theirs = pty.openpty()  # 0 x 0, where tqdm shows nothing
+    with open(ours, "rb"), open(theirs, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        for size in (0, 80):
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", size, size, 0, 0))
+            with doing("sampling", total=64) as bar:
+                assert (bar.bar is not None) == (size > 0)

@@ -250,6 +250,12 @@ def test_samplers_that_need_a_signal_refuse_a_schedule_without(sampler):
         sample(jax.random.key(0), schedule, denoise, (2, 3), sampler=sampler)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", ddim])
+def test_what_is_no_sampler_is_refused(sampler):
+    with pytest.raises(TypeError, match=r"^sampler is .*: pass one as it is made, ddpm\.ddim"):
+        sample(jax.random.key(0), schedules.linear(5), lambda x, t: x, (2, 3), sampler=sampler)
+
+
 @pytest.mark.parametrize("make", [dpm_solver, unipc])
 @pytest.mark.parametrize("order", [0, 4])
 def test_orders_that_there_are_not(make, order):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm.files import machine
 from ddpm.modes import evaluate, sample, start, train
 from ddpm.training import memory
 from tests.runs import command, run
@@ -98,7 +99,8 @@ def test_memory_is_that_of_the_machine_or_of_the_control_group(monkeypatch):
     (device, *_), devices = jax.local_devices(), jax.local_device_count()
     found = memory.memory(device)
     assert 0 < found.free <= found.total
-    monkeypatch.setattr(memory, "_of_group", lambda: iter([10**6, 10**7]))
+    groups = [memory.Memory(10**6, 10**6), memory.Memory(10**7, 10**7)]
+    monkeypatch.setattr(machine, "_of_groups", lambda: iter(groups))
     assert memory.memory(device) == (10**6 // devices, 10**6 // devices)
 
 
