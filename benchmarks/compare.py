@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,17 @@ class OutOfMemory(RuntimeError):
 class Side:
     """A worker, and what was measured of it; `options` are those of `worker.bench_of`."""
 
-    def __init__(self, name: str, network: str, dtype: str, **options: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        network: str,
+        dtype: str,
+        given: Mapping[str, str] = os.environ,
+        **options: Any,
+    ) -> None:
         self.name = name
         self.born = time.perf_counter()
-        environment = os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}"}
+        environment = {**given, "PYTHONPATH": f"{HERE.parent}:{HERE}"}
         if name == "ours" or name.endswith("large_pages"):
             environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # as main.py does
         self.process = subprocess.Popen(

@@ -61,9 +61,9 @@ NETWORKS = {
 _TINY = {
     "unet": {
         "channels": 8,
-        "channel_multipliers": (1, 2),
+        "channel_multipliers": (1,),
         "num_res_blocks": 1,
-        "attention_resolutions": (4,),
+        "attention_resolutions": (8,),
         "num_groups": 4,
     },
     "dit": {"channels": 8, "depth": 2, "head_channels": 4},

@@ -31,7 +31,7 @@ def bench_of(side: str, name: str, dtype: str, options: dict[str, Any]) -> Any:
     import torch
 
     torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     kind, _, how = side.partition("-")
     if kind == "lucidrains":
         model = theirs.lucidrains(network, theirs.size(theirs.unet2d(network)))
