@@ -8,6 +8,7 @@ there, with tiny networks, in two minutes.
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ REHEARSED = ("cifar10", "dit")
 
 
 class Part(NamedTuple):
-    """What is measured in one go: `measure` takes the results of the parts before it."""
+    """Figures measured in one go: `measure` takes the results of the parts before it."""
 
     name: str
     measure: Callable[[dict[str, Any]], Rows]
@@ -131,10 +132,11 @@ def measure(
     for part in todo:
         if results.done(part.name):
             continue
-        if clock() - start > budget:
+        spent = clock() - start
+        if spent > budget:
             left.append(part.name)
             continue
-        say(f"{part.name} .. ({clock() - start:.0f} s of {budget:.0f})")
+        say(f"{part.name} .. ({spent:.0f} s of {budget:.0f})")
         try:
             results.add(part.name, part.measure(results.parts))
         except Exception as error:  # of any kind: what else there is to measure is worth more
@@ -161,7 +163,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--out", type=Path, default=Path("accelerator.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/accelerator.json"))
     parser.add_argument(
         "--budget", type=float, default=10.0, help="minutes after which no part is begun"
     )
@@ -209,7 +211,8 @@ def run(argv: list[str]) -> int:
     args = arguments(argv)
     try:
         check_writable(args.out.resolve().parent)
-        results = Results(args.out, {"rehearsal": args.rehearse})
+        about = {"rehearsal": args.rehearse, "device": sections.nvidia("name")}
+        results = Results(args.out, about)
     except (InputError, OSError) as error:
         say(f"error: {first_line(error)}")
         return 2
@@ -226,4 +229,6 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # What it started is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(run(sys.argv[1:]))

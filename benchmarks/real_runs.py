@@ -157,6 +157,10 @@ def training(setup: Setup, minutes: float, workdir: Path, extra: Mapping[str, st
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)  # upon which it saves
             process.wait()
+        finally:  # of what ends this command too
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
         errors.seek(0)
         check(process.returncode, command, errors.read())
     log = read_metrics(workdir / "metrics.jsonl")
@@ -172,8 +176,8 @@ def training(setup: Setup, minutes: float, workdir: Path, extra: Mapping[str, st
     finished(main_py("fashion_mnist_gpu", workdir, asked, "--mode=evaluate"))
     found = json.loads((workdir / "evaluation.json").read_text())
     about = {"date", "step", "weights", "device", "jax", "config", "failed"}
-    for part in found.keys() - about:
-        rows[part] = {name: figure([x], "1") for name, x in _numbers(found[part])}
+    for part in sorted(found.keys() - about):
+        rows |= {f"{part} {name}": {"value": figure([x], "1")} for name, x in _numbers(found[part])}
     return rows
 
 

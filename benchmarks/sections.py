@@ -40,7 +40,7 @@ OUT = "out of memory"
 
 
 class Setup(NamedTuple):
-    """How to measure: so many rounds of about so many seconds; `tiny`, as a rehearsal does.
+    """The length of a measurement: rounds of about so many seconds; `tiny` networks to rehearse.
 
     `torch` is empty, or says why PyTorch's side is left out.
     """
@@ -81,6 +81,15 @@ def sides(
             side.end()
 
 
+def nvidia(what: str) -> str:
+    """Returns what nvidia-smi says of the GPUs, or that there are none."""
+    if not shutil.which("nvidia-smi"):
+        return "none"
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return "; ".join(done.stdout.strip().splitlines()) or "none"
+
+
 def machine() -> dict[str, str]:
     """Returns devices, driver and versions, and under 'PyTorch' why it is left out, if it is."""
     found = {"system": f"{platform.platform()}, {os.cpu_count()} cores"}
@@ -88,14 +97,7 @@ def machine() -> dict[str, str]:
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-    if shutil.which("nvidia-smi"):
-        what = "name,driver_version,memory.total,power.limit,clocks.max.sm"
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-        )
-        found["nvidia-smi"] = "; ".join(done.stdout.split("\n")).strip("; ")
+    found["nvidia-smi"] = nvidia("name,driver_version,memory.total,power.limit,clocks.max.sm")
     with sides((OURS,), "digits", "float32", Setup()) as (ours,):
         ours_on = ours.ask("devices")
     found |= {f"JAX: {key}": value for key, value in ours_on.items()}
@@ -115,7 +117,8 @@ def machine() -> dict[str, str]:
 
 def peak(setup: Setup) -> Rows:
     """Returns the FLOP/s of a large matrix product, by precision and side."""
-    n, rows = (256 if setup.tiny else 8192), {}
+    n = 256 if setup.tiny else 8192
+    rows: Rows = {}
     for precision in PRECISIONS:
         names = (OURS,) if setup.torch else (OURS, THEIRS)
         with sides(names, "digits", precision, setup) as found:
