@@ -169,13 +169,25 @@ def measure(sides: list[Side], args: argparse.Namespace, result: dict[str, Any])
 
 
 def in_turns(
-    sides: list[Side], what: str, rounds: int, seconds: float, *, chained: bool = False
+    sides: list[Side],
+    what: str,
+    rounds: int,
+    seconds: float,
+    *,
+    chained: bool = False,
+    longest: float = float("inf"),
 ) -> dict[str, list[float]]:
     """Returns the seconds of a call, by side and round: the median of those that fill `seconds`;
-    if chained, the mean of as many, none of which waits for the one before."""
+    if chained, the mean of as many, none of which waits for the one before.
+
+    Where the first call of a side takes longer than `longest`, that alone is returned of each.
+    """
+    first = {s.name: s.ask("time", what=what, calls=1) for s in sides}
+    if max(once for (once,) in first.values()) > longest:
+        return first
     calls = {}
     for side in sides:
-        side.ask("time", what=what, calls=2)
+        side.ask("time", what=what, calls=1)
         (once,) = side.ask("time", what=what, calls=1)
         calls[side.name] = max(2, round(seconds / once))
     found: dict[str, list[float]] = {s.name: [] for s in sides}

@@ -37,6 +37,7 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu",
             "numpy", "torch", "triton", "diffusers")  # fmt: skip
 OURS, THEIRS, COMPILED = "ours", "diffusers-channels_last", "diffusers-compile-channels_last"
 OUT = "out of memory"
+LONGEST = 2.0  # seconds of a batch of samples that is drawn several times
 
 
 class Setup(NamedTuple):
@@ -76,6 +77,10 @@ def sides(
         for name in names:
             found.append(Side(name, network, dtype, environment(setup.tiny), **more, **options))
         yield found
+    except (KeyboardInterrupt, SystemExit):  # no time to wait for an answer
+        for side in found:
+            side.process.kill()
+        raise
     finally:
         for side in found:
             side.end()
@@ -193,8 +198,10 @@ def _measured(
         flops = {"forward": batch * described.forward_flops}
         flops["train"] = 3 * flops["forward"]
     for name in what:
-        rounds = setup.rounds if name != "sample" else max(2, setup.rounds // 2)
-        times = in_turns(found, name, rounds, setup.seconds, chained=name != "sample")
+        if name == "sample":  # which may take half a minute
+            times = in_turns(found, name, max(2, setup.rounds // 2), setup.seconds, longest=LONGEST)
+        else:
+            times = in_turns(found, name, setup.rounds, setup.seconds, chained=True)
         for side, seconds in times.items():
             rows[side][TITLES[name]] = figure([1e3 * s for s in seconds], "ms")
             if flops.get(name) and name in ("train", "forward"):

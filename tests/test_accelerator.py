@@ -135,10 +135,70 @@ def test_out_of_memory_is_a_row_and_no_end(monkeypatch, least):
     assert ("out of memory" in figures.markdown(results_of(found))) == (least == 1)
 
 
+@pytest.mark.parametrize("longest", [0.5, 5.0])
+def test_what_takes_long_is_timed_once(longest):
+    asked = []
+
+    class Side:
+        def __init__(self, name):
+            self.name = name
+
+        def ask(self, ask, *, calls, **more):
+            asked.append((self.name, calls, more.get("chained")))
+            return [1.0 if self.name == "ours" else 0.1] * calls
+
+    sides = [Side("ours"), Side("theirs")]
+    found = compare.in_turns(sides, "sample", 3, 1.0, longest=longest)
+    assert found["ours"] == [1.0] * (1 if longest < 1 else 3)
+    assert found["theirs"] == [0.1] * (1 if longest < 1 else 3)
+    assert len(asked) == (2 if longest < 1 else 12)
+    if longest > 1:  # each goes first in its turn
+        last = [name for name, _, _ in asked[6:]]
+        assert last == ["theirs", "ours", "ours", "theirs", "theirs", "ours"]
+        assert asked[-2:] == [("theirs", 10, None), ("ours", 2, None)]
+
+
 def results_of(found):
-    results = figures.Results(Path("none.json"), {"rehearsal": True})
+    results = figures.Results(Path("does/not/exist.json"), {"rehearsal": True})
     results.parts["networks/cifar10"] = found
     return results
+
+
+@pytest.mark.parametrize(
+    ("ours_on", "theirs_on", "said"),
+    [
+        ("gpu", "cuda", None),
+        ("cpu", "cpu", None),
+        ("gpu", "cpu", "left out: it computes on cpu here"),
+        ("tpu", "cuda", "left out: it computes on cuda here"),
+        ("gpu", None, "left out: torch or diffusers is not installed"),
+    ],
+)
+def test_pytorch_is_left_out_where_it_is_not_on_the_same_device(
+    monkeypatch, ours_on, theirs_on, said
+):
+    class Side:
+        def __init__(self, name, *given, **options):
+            self.name = name
+
+        def ask(self, ask):
+            return {"platform": ours_on if self.name == "ours" else theirs_on}
+
+        def end(self):
+            pass
+
+    def version(name):
+        if name == "torch" and theirs_on is None:
+            raise sections.PackageNotFoundError
+        return "1.0"
+
+    monkeypatch.setattr(sections, "Side", Side)
+    monkeypatch.setattr(sections, "version", version)
+    found = sections.machine().get("PyTorch")
+    assert found == said or found.startswith(said)
+    if said:
+        compiled = accelerator._compiled(lambda _: sections.Setup(torch=found), "cifar10", 4, {})
+        assert f"| {found} |" in figures.markdown(results_of(compiled))
 
 
 def test_what_is_lack_of_memory():
