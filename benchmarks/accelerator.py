@@ -99,8 +99,8 @@ def _compiled(setup: Any, name: str, batch: int, so_far: dict[str, Any]) -> Rows
     how = setup(so_far)
     if how.torch:
         return {"left out": how.torch}
-    # Tuning takes minutes for each of them.
-    what = ("train", "forward")
+    # Compiling takes minutes for each of them.
+    what = ("forward",) if how.tiny else ("train", "forward")
     peaks = so_far.get("peak", {})
     return sections.network(name, FIRST[1], batch, how, peaks, theirs=COMPILED, what=what)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from networks import NETWORKS
+from networks import NETWORKS, WHAT
 
 HERE = Path(__file__).parent
 SIDES = (
@@ -31,7 +31,6 @@ SIDES = (
     "diffusers-compile",
     "lucidrains",
 )
-WHAT = ("train", "forward", "step", "sample")
 
 
 class OutOfMemory(RuntimeError):

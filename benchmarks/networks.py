@@ -69,6 +69,7 @@ _TINY = {
     "dit": {"channels": 8, "depth": 2, "head_channels": 4},
 }
 
+WHAT = ("train", "forward", "step", "sample")  # is timed
 LEARNING_RATE, EMA_DECAY, GRAD_CLIP = 2e-4, 0.9999, 1.0
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from networks import EMA_DECAY, GRAD_CLIP, LEARNING_RATE, Network
+from networks import EMA_DECAY, GRAD_CLIP, LEARNING_RATE, WHAT, Network
 
 import ddpm
 from ddpm.diffusion.process import StepInfo
@@ -122,34 +122,31 @@ class Bench:
         """Draws a whole batch by DDIM in `ddim_steps` steps."""
         self._generator.samples(self.state.params, self.network.batch_size, seed=0)
 
-    def compile(self, *, only_train: bool = False) -> dict[str, float]:
-        """Compiles all programs; returns the seconds of each. The training step is compiled first,
+    def compile(self, *, what: Sequence[str] = WHAT) -> dict[str, float]:
+        """Compiles programs; returns the seconds of each. The training step is compiled first,
         alone, the others at the same time as each other."""
-        seconds = {}
+        params, seconds = self.state.params, {}
+        arguments = {
+            "train": (self.state, self.metrics, self.images),
+            "forward": (params, self.images, self._times),
+            "step": (params, self._key),
+        }
 
-        def ahead(name: str, program: Any, *arguments: Any) -> Any:
+        def ahead(name: str) -> None:
             start = time.perf_counter()
-            lowered = program.lower(*arguments)
-            compiled = lowered.compile()
+            if name == "sample":
+                self._generator.compile(params)
+            else:
+                lowered = getattr(self, f"_{name}").lower(*arguments[name])
+                compiled = lowered.compile()
+                self.analysis[name] = _analysis(lowered, compiled)
+                setattr(self, f"_{name}", compiled)
             seconds[name] = time.perf_counter() - start
-            self.analysis[name] = _analysis(lowered, compiled)
-            return compiled
 
-        def sampler() -> None:
-            start = time.perf_counter()
-            self._generator.compile(params)
-            seconds["sample"] = time.perf_counter() - start
-
-        params = self.state.params
-        self._train = ahead("train", self._train, self.state, self.metrics, self.images)
-        if not only_train:
-            with ThreadPoolExecutor() as pool:
-                forward = pool.submit(
-                    ahead, "forward", self._forward, params, self.images, self._times
-                )
-                step = pool.submit(ahead, "step", self._step, params, self._key)
-                pool.submit(sampler).result()
-                self._forward, self._step = forward.result(), step.result()
+        if "train" in what:
+            ahead("train")
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(ahead, [name for name in what if name != "train"]))
         return seconds
 
     def profile(self, *, folder: str, calls: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from compare import OutOfMemory, Side, in_turns
 from figures import figure
 from kernels import kernels, most_expensive
-from networks import NETWORKS
+from networks import NETWORKS, WHAT
 
 Rows = dict[str, Any]
 # (dtype, options) of a Side. JAX's own default on GPUs is TF32; 'float32' is without.
@@ -150,7 +150,7 @@ def network(
     peaks: Rows,
     *,
     theirs: str = THEIRS,
-    what: tuple[str, ...] = tuple(TITLES),
+    what: tuple[str, ...] = WHAT,
 ) -> Rows:
     """Returns times, share of the peak and memory of a network, ours and PyTorch's in turns.
 
@@ -186,14 +186,14 @@ def _measured(
     rows: Rows = {side.name: {} for side in found}
     flops: dict[str, float] = {}
     for side in found:  # one after the other, so that each has the processor to itself
-        for name, seconds in side.ask("compile").items():
-            if name in what:
-                rows[side.name][f"first {TITLES[name]}"] = figure([seconds], "s")
+        for name, seconds in side.ask("compile", what=what).items():
+            rows[side.name][f"first {TITLES[name]}"] = figure([seconds], "s")
         if side.name == OURS:
             analysis = side.ask("analysis")
             flops = {name: counts["flops"] for name, counts in analysis.items()}
-            temporary = figure([analysis["train"]["temporary_bytes"] / 2**20], "MiB")
-            rows[OURS]["temporary memory of the step"] = temporary
+            if "train" in analysis:
+                temporary = figure([analysis["train"]["temporary_bytes"] / 2**20], "MiB")
+                rows[OURS]["temporary memory of the step"] = temporary
     if described.forward_flops and not setup.tiny:
         flops = {"forward": batch * described.forward_flops}
         flops["train"] = 3 * flops["forward"]
@@ -224,7 +224,7 @@ def remat(setup: Setup) -> Rows:
             with sides(
                 (OURS,), "cifar10", "bfloat16", setup, batch_size=_batch(setup), remat=how
             ) as (ours,):
-                seconds = ours.ask("compile", only_train=True)["train"]
+                seconds = ours.ask("compile", what=["train"])["train"]
                 memory = ours.ask("analysis")["train"]["temporary_bytes"]
                 times = in_turns([ours], "train", setup.rounds, setup.seconds, chained=True)[OURS]
                 rows[how] = {
@@ -256,7 +256,7 @@ def profile(name: str, batch: int, setup: Setup, keep: Path) -> Rows:
     calls = 2 if setup.tiny else 5
     shutil.rmtree(keep, ignore_errors=True)
     with sides((OURS,), name, "bfloat16", setup, batch_size=batch) as (ours,):
-        ours.ask("compile", only_train=True)
+        ours.ask("compile", what=["train"])
         times = in_turns([ours], "train", setup.rounds, setup.seconds, chained=True)[OURS]
         ours.ask("profile", folder=str(keep), calls=calls)
     found = kernels(keep)

@@ -6,11 +6,11 @@ The same work in each: noise at random times, squared error, gradient, clipping,
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from networks import EMA_DECAY, GRAD_CLIP, LEARNING_RATE, Network
+from networks import EMA_DECAY, GRAD_CLIP, LEARNING_RATE, WHAT, Network
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # As lucidrains' README has it, where the network's own numbers are not given.
@@ -181,14 +181,14 @@ class Bench:
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    def compile(self) -> dict[str, float]:
+    def compile(self, *, what: Sequence[str] = WHAT) -> dict[str, float]:
         """Returns the seconds of each first call, which compile, or choose kernels."""
         seconds = {}
-        for what in ("train", "forward", "step", "sample"):
+        for name in what:
             start = time.perf_counter()
-            getattr(self, what)()
+            getattr(self, name)()
             self.settle()
-            seconds[what] = time.perf_counter() - start
+            seconds[name] = time.perf_counter() - start
         return seconds
 
     def train(self) -> None:
