@@ -15,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from networks import NETWORKS
+from networks import NETWORKS, WHAT
 
 HERE = Path(__file__).parent
 SIDES = (
@@ -30,20 +31,30 @@ SIDES = (
     "diffusers-compile",
     "lucidrains",
 )
-WHAT = ("train", "forward", "step", "sample")
+
+
+class OutOfMemory(RuntimeError):
+    """A worker could not have the memory that it was asked to use; it may be asked for less."""
 
 
 class Side:
-    """A worker, and what was measured of it."""
+    """A worker, and what was measured of it; `options` are those of `worker.bench_of`."""
 
-    def __init__(self, name: str, network: str, dtype: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        network: str,
+        dtype: str,
+        given: Mapping[str, str] = os.environ,
+        **options: Any,
+    ) -> None:
         self.name = name
         self.born = time.perf_counter()
-        environment = os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}"}
+        environment = {**given, "PYTHONPATH": f"{HERE.parent}:{HERE}"}
         if name == "ours" or name.endswith("large_pages"):
             environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # as main.py does
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), name, network, dtype],
+            [sys.executable, str(HERE / "worker.py"), name, network, dtype, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -51,7 +62,8 @@ class Side:
         )
 
     def ask(self, ask: str, **more: Any) -> Any:
-        """Returns the worker's answer to one request; raises RuntimeError if it ended instead."""
+        """Returns the worker's answer to one request; raises OutOfMemory, or RuntimeError if it
+        ended instead."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"ask": ask, **more}) + "\n")
@@ -59,7 +71,10 @@ class Side:
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}")
-        return json.loads(line)
+        reply = json.loads(line)
+        if "out_of_memory" in reply:
+            raise OutOfMemory(f"{self.name}: {reply['out_of_memory']}")
+        return reply["answer"]
 
     def end(self) -> None:
         """Lets it finish."""
@@ -71,7 +86,8 @@ class Side:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--network", choices=NETWORKS, default="small")
+    unets = [name for name, network in NETWORKS.items() if network.kind == "unet"]
+    parser.add_argument("--network", choices=unets, default="small")
     parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
     usual = [s for s in SIDES if s != "diffusers-compile"]  # which wants a C compiler
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=usual)
@@ -111,7 +127,7 @@ def measure(sides: list[Side], args: argparse.Namespace, result: dict[str, Any])
     """Fills `result` and prints the tables."""
     batch = NETWORKS[args.network].batch_size
     flops = next((s.ask("flops") for s in sides if s.name == "diffusers"), None)
-    peaks = {s.name: s.ask("peak", n=4096) for s in sides}
+    peaks = {s.name: max(s.ask("peak", n=4096)) for s in sides}
     peak = max(peaks.values())
     result |= {"flops": flops, "peaks": peaks}
     print(f"\n{result['machine']}, {result['date']}: {args.network}, batch {batch}, {args.dtype}")
@@ -122,16 +138,7 @@ def measure(sides: list[Side], args: argparse.Namespace, result: dict[str, Any])
         print(f"outputs of the same weights differ by {error:.1e} of their greatest")
 
     for what in args.what:
-        calls = {}
-        for side in sides:
-            side.ask("time", what=what, calls=2)
-            (once,) = side.ask("time", what=what, calls=1)
-            calls[side.name] = max(2, round(args.seconds / once))
-        rounds: dict[str, list[float]] = {s.name: [] for s in sides}
-        for turn in range(args.rounds):
-            for side in sides if turn % 2 else reversed(sides):
-                times = side.ask("time", what=what, calls=calls[side.name], warm=True)
-                rounds[side.name].append(float(np.median(times)))
+        rounds = in_turns(sides, what, args.rounds, args.seconds)
         print(
             f"\n{what:24} {'ms':>9} {'ours / it':>10} {'(least to most)':>16} {'images/s':>9}",
             end="",
@@ -158,6 +165,38 @@ def measure(sides: list[Side], args: argparse.Namespace, result: dict[str, Any])
         memory, parameters = side.ask("memory"), side.ask("parameters")
         result[side.name] |= {"memory": memory, "parameters": parameters}
         print(f"{side.name:24} {parameters:12,} {memory / 2**20:8,.0f} MiB")
+
+
+def in_turns(
+    sides: list[Side],
+    what: str,
+    rounds: int,
+    seconds: float,
+    *,
+    chained: bool = False,
+    longest: float = float("inf"),
+) -> dict[str, list[float]]:
+    """Returns the seconds of a call, by side and round: the median of those that fill `seconds`;
+    if chained, the mean of as many, none of which waits for the one before.
+
+    Where the first call of a side takes longer than `longest`, that alone is returned of each.
+    """
+    first = {s.name: s.ask("time", what=what, calls=1) for s in sides}
+    if max(once for (once,) in first.values()) > longest:
+        return first
+    calls = {}
+    for side in sides:
+        side.ask("time", what=what, calls=1)
+        (once,) = side.ask("time", what=what, calls=1)
+        calls[side.name] = max(2, round(seconds / once))
+    found: dict[str, list[float]] = {s.name: [] for s in sides}
+    for turn in range(rounds):
+        for side in sides if turn % 2 else reversed(sides):
+            n = calls[side.name]
+            how = {"calls": 1, "chained": n} if chained else {"calls": n}
+            times = side.ask("time", what=what, warm=True, **how)
+            found[side.name].append(float(np.median(times)))
+    return found
 
 
 def agreement(sides: list[Side], network: str) -> float:

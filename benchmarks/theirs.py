@@ -5,25 +5,34 @@ The same work in each: noise at random times, squared error, gradient, clipping,
 """
 
 import itertools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from networks import EMA_DECAY, GRAD_CLIP, LEARNING_RATE, STEPS, Network
+from networks import EMA_DECAY, GRAD_CLIP, LEARNING_RATE, WHAT, Network
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # As lucidrains' README has it, where the network's own numbers are not given.
 _T = 1000
 
 
-def settle() -> None:
-    """Waits for the device."""
+def devices() -> dict[str, str]:
+    """Returns what PyTorch computes on, and its versions."""
+    found = {"platform": DEVICE, "torch": torch.__version__}
     if DEVICE == "cuda":
-        torch.cuda.synchronize()
+        found |= {
+            "device": torch.cuda.get_device_name(),
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+        }
+    return found
 
 
 def unet2d(network: Network) -> torch.nn.Module:
-    """Returns diffusers' UNet2DModel, set up as the authors' network."""
+    """Returns diffusers' UNet2DModel, set up as the authors' network; ValueError for another."""
+    if network.kind != "unet":
+        raise ValueError(f"diffusers' UNet2DModel is no {network.kind}")
     from diffusers import UNet2DModel
 
     defaults = {
@@ -34,7 +43,7 @@ def unet2d(network: Network) -> torch.nn.Module:
         "dropout": 0.1,
         "num_groups": 32,
     }
-    u = defaults | network.unet
+    u = defaults | network.settings
     height, width, channels = network.image_shape
     levels = range(len(u["channel_multipliers"]))
     attends = [min(height, width) >> i in u["attention_resolutions"] for i in levels]
@@ -60,14 +69,14 @@ def lucidrains(network: Network, parameters: int) -> torch.nn.Module:
     """Returns denoising-diffusion-pytorch's Unet, of the width nearest to `parameters`."""
     from denoising_diffusion_pytorch import Unet
 
-    multipliers = network.unet.get("channel_multipliers", (1, 2, 2, 2))
+    multipliers = network.settings.get("channel_multipliers", (1, 2, 2, 2))
 
     def build(dim: int) -> torch.nn.Module:
         return Unet(
             dim=dim,
             dim_mults=multipliers,
             channels=network.image_shape[-1],
-            dropout=network.unet.get("dropout", 0.1),
+            dropout=network.settings.get("dropout", 0.1),
             flash_attn=False,
         )
 
@@ -130,6 +139,7 @@ class Bench:
         dtype: str,
         channels_last: bool = False,
         compiled: bool = False,
+        precision: str = "",
     ) -> None:
         self.network = network
         self.dtype = getattr(torch, dtype)
@@ -137,14 +147,23 @@ class Bench:
         self.memory = memory
         self.model = model.to(DEVICE, memory_format=memory)
         self.ema = [p.detach().clone() for p in self.model.parameters()]
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE)
+        # On GPUs what is fastest there; on CPUs the defaults, as docs/performance.md has them.
+        on_gpu = DEVICE == "cuda"
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=LEARNING_RATE, fused=True if on_gpu else None
+        )
+        torch.backends.cudnn.benchmark = on_gpu
+        if precision:
+            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+            torch.backends.cudnn.allow_tf32 = precision == "tf32"
         beta = np.linspace(1e-4, 0.02, _T)
         self.alpha_bar = torch.tensor(np.cumprod(1 - beta), dtype=torch.float32, device=DEVICE)
         h, w, c = network.image_shape
         self.shape = (network.batch_size, c, h, w)
         self.images = torch.randint(0, 256, self.shape, dtype=torch.uint8, device=DEVICE)
-        self.loss = torch.compile(self._loss) if compiled else self._loss
-        self.call = torch.compile(self._forward) if compiled else self._forward
+        mode = "max-autotune" if on_gpu else "default"
+        self.loss = torch.compile(self._loss, mode=mode) if compiled else self._loss
+        self.call = torch.compile(self._forward, mode=mode) if compiled else self._forward
 
     def _forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         mixed = self.dtype != torch.float32
@@ -156,6 +175,21 @@ class Bench:
         a = self.alpha_bar[t][:, None, None, None]
         x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps
         return ((self._forward(x_t, t).float() - eps) ** 2).mean()
+
+    def settle(self) -> None:
+        """Waits until what was begun is done."""
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    def compile(self, *, what: Sequence[str] = WHAT) -> dict[str, float]:
+        """Returns the seconds of each first call, which compile, or choose kernels."""
+        seconds = {}
+        for name in what:
+            start = time.perf_counter()
+            getattr(self, name)()
+            self.settle()
+            seconds[name] = time.perf_counter() - start
+        return seconds
 
     def train(self) -> None:
         """Runs one step of training."""
@@ -170,7 +204,6 @@ class Bench:
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, list(self.model.parameters()), 1 - EMA_DECAY)
-        settle()
 
     @torch.inference_mode()
     def forward(self) -> None:
@@ -178,7 +211,6 @@ class Bench:
         self.model.eval()
         x = self.images.float().contiguous(memory_format=self.memory)
         self.call(x, torch.arange(len(x), device=DEVICE))
-        settle()
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -186,7 +218,6 @@ class Bench:
         self.model.eval()
         x = torch.randn(self.shape, device=DEVICE).contiguous(memory_format=self.memory)
         self._ancestral(x, 500)
-        settle()
 
     def _ancestral(self, x: torch.Tensor, t: int) -> torch.Tensor:
         eps = self.call(x, torch.full((len(x),), t, device=DEVICE)).float()
@@ -200,10 +231,10 @@ class Bench:
 
     @torch.inference_mode()
     def sample(self) -> None:
-        """Draws a whole batch by DDIM in STEPS steps."""
+        """Draws a whole batch by DDIM in `ddim_steps` steps."""
         self.model.eval()
         x = torch.randn(self.shape, device=DEVICE).contiguous(memory_format=self.memory)
-        times = np.linspace(_T - 1, -1, STEPS + 1).round().astype(int)
+        times = np.linspace(_T - 1, -1, self.network.ddim_steps + 1).round().astype(int)
         for t, s in itertools.pairwise(times):
             eps = self.call(x, torch.full((len(x),), int(t), device=DEVICE)).float()
             a = self.alpha_bar[t]
@@ -211,7 +242,6 @@ class Bench:
             x_0 = ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1)
             eps = (x - a.sqrt() * x_0) / (1 - a).sqrt()
             x = before.sqrt() * x_0 + (1 - before).sqrt() * eps
-        settle()
 
     def output(self, x: np.ndarray, t: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
         """Returns UNet2DModel's output with our weights, for x [B, H, W, C] and the authors' t, in
@@ -253,6 +283,5 @@ class Bench:
 
         def multiply() -> None:
             a @ a
-            settle()
 
         return multiply
