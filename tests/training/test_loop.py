@@ -24,5 +24,5 @@ def test_half_a_second_of_steps_is_queued_at_most(monkeypatch, step_s, most):
         return state, metrics
 
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
-    loop.run(loop.Progress(0, None, Metrics()), step, [(0,)] * 200, [], Stop())
+    loop.run(loop.Progress(0, None, Metrics()), step, [(range(1), (0,))] * 200, [], Stop())
     assert abs(max(waits, default=200) - most) <= 1
