@@ -43,11 +43,13 @@ def test_a_grid_is_kept_if_the_signal_came_after_its_last_batch(tmp_path, batch)
     config.sampling.num_samples = 8
     objective = SimpleNamespace(schedule_parameters=dict)
     built = SimpleNamespace(config=config, objective=objective, generator=generator)
-    logbook = SimpleNamespace(speaks=True, image=lambda *_: None)
+    expected = []
+    logbook = SimpleNamespace(speaks=True, image=lambda *_: None, expect=expected.append)
     draw = train._drawing(built, None, logbook, tmp_path, stop)
     draw(Progress(3, TrainState(3, {}, {}, None), None))
     assert (tmp_path / "samples" / "step_00000003.png").exists() == (batch == 2)
     assert asked == [8]
+    assert expected == (["8 samples, 0:00:00 the last time"] if batch == 2 else [])
 
 
 def test_compiling_is_said_before_with_the_time_it_took_the_last_time(tmp_path, capsys):

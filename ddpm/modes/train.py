@@ -3,6 +3,7 @@ from the last checkpoint, and ends in the same weights bit for bit."""
 
 import functools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ddpm.data.sources import Source
 from ddpm.errors import InputError, NotFinite, path_error
 from ddpm.files import pictures
 from ddpm.files.atomic import write_atomically
+from ddpm.files.progress import clock
 from ddpm.interop import weights
 from ddpm.modes.capacity import check_memory
 from ddpm.modes.feed import Feed, feed
@@ -246,6 +248,7 @@ def _drawing(
         return built.with_schedule(jax.device_get(params)).generator(mesh, s.num_samples)
 
     def callback(progress: Progress) -> None:
+        began = time.monotonic()
         params = progress.state.ema_params if s.ema else progress.state.params
         batches: list[np.ndarray] = []
         for part in samples(generator(params), params, s.num_samples, s.seed, workdir):
@@ -257,6 +260,8 @@ def _drawing(
         images = np.concatenate(batches)
         pictures.save_grid(workdir / "samples" / f"step_{progress.step:08}.png", images)
         logbook.image(progress.step, "samples", pictures.grid(images))
+        took = clock(time.monotonic() - began)
+        logbook.expect(f"{s.num_samples} samples, {took} the last time")
 
     return callback
 

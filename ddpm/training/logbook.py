@@ -62,6 +62,10 @@ class Logbook:
         if self.speaks:
             say(text)
 
+    def expect(self, then: str) -> None:
+        """Changes what is said to follow the last step."""
+        self._bar.then = then
+
     def start_clock(self, step: int) -> None:
         """Starts counting speed from here: after compiling, after a pause for samples."""
         self._mark = (step, time.perf_counter())

@@ -57,5 +57,8 @@ def test_a_single_row_is_visible_in_the_plot(tmp_path, monkeypatch, rows, marked
 def test_the_time_left_says_what_follows(tmp_path, capsys):
     logbook = Logbook(tmp_path, step=0, steps=100, then="64 samples")
     logbook.scalars(50, {"loss": 1.0})
-    logbook.close()
     assert capsys.readouterr().err.endswith(" left, then 64 samples\n")
+    logbook.expect("64 samples, 0:00:12 the last time")
+    logbook.scalars(60, {"loss": 1.0})
+    logbook.close()
+    assert capsys.readouterr().err.endswith(" left, then 64 samples, 0:00:12 the last time\n")
