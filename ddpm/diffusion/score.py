@@ -92,11 +92,7 @@ def denoising(
     differs from `explicit`'s by what no score changes: see `explicit`.
     """
     x_t, sigma = q_sample(schedule, x_0, t, eps), schedule.at(t).sigma
-    found = score(x_t, jnp.broadcast_to(t, x_0.shape[:1]))
-    same_shape(x_0=x_0, score=found)
-    # sigma times the error: finite, and free of cancellation, where sigma is small.
-    error = per_example_mean((expand_like(sigma, x_0) * found + eps) ** 2)
-    return weight(sigma) / sigma**2 * error
+    return _weighted_error(score, x_t, t, sigma, eps, weight)
 
 
 def denoising_exploding(
@@ -116,10 +112,18 @@ def denoising_exploding(
     level = schedule.at(t)
     s = level.sigma / level.alpha
     y = x_0 + expand_like(s, x_0) * eps
-    found = score(y, jnp.broadcast_to(t, x_0.shape[:1]))
-    same_shape(x_0=x_0, score=found)
-    error = per_example_mean((expand_like(s, x_0) * found + eps) ** 2)
-    return weight(s) / s**2 * error
+    return _weighted_error(score, y, t, s, eps, weight)
+
+
+def _weighted_error(
+    score: Score, x: jax.Array, t: jax.Array, std: jax.Array, eps: jax.Array, weight: Weight
+) -> jax.Array:
+    """Returns lambda(std) |score(x) + eps / std|^2, of x with noise std eps in it."""
+    found = score(x, jnp.broadcast_to(t, x.shape[:1]))
+    same_shape(x_0=x, score=found)
+    # std times the error: finite, and free of cancellation, where std is small.
+    error = per_example_mean((expand_like(std, x) * found + eps) ** 2)
+    return weight(std) / std**2 * error
 
 
 def explicit(score: Score, exact: Score, x_t: jax.Array, t: jax.Array) -> jax.Array:

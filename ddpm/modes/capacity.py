@@ -6,9 +6,9 @@ import jax
 
 from ddpm.build.experiment import Experiment
 from ddpm.errors import InputError
+from ddpm.files.progress import say
 from ddpm.modes.feed import Feed
 from ddpm.training import memory, sharding
-from ddpm.training.logbook import say
 from ddpm.training.state import Metrics
 
 # On accelerators, where the estimate was not measured, only what is far beyond is refused.

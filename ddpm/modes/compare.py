@@ -54,8 +54,7 @@ def compare(config: ConfigDict, workdir: Path, init_from: str = "", out: str = "
     of the evaluation, from the same seed.
 
     Writes comparison.json and comparison.html to `out`, or else `workdir`, at the end, atomically.
-    Raises InputError for
-    what the user can fix, before anything is computed.
+    Raises InputError for what the user can fix, before anything is computed.
     """
     parse(config)  # reports wrong entries before the run is loaded
     first = load_run(config, workdir, "compare", init_from)

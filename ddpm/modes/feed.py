@@ -1,12 +1,11 @@
 """The way of training batches to the devices: so many steps at a time, images from the host or, by
 index, from the whole set on the devices."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from ddpm.build.experiment import Experiment
 from ddpm.data import pipeline
@@ -52,17 +51,19 @@ class Feed(NamedTuple):
         return (*count, *self._fixed(), *placed)
 
     def abstract(self) -> tuple[Any, ...]:
-        """Returns the shapes of a batch, placed as it will be."""
-        split, size = self._split(), self.built.config.training.batch_size
-        stack = (self.steps,) if self.steps > 1 else ()
+        """Returns the shapes of a batch, placed as it will be; nothing is read for them."""
+        config, split = self.built.config, self._split()
+        shape = (*((self.steps,) if self.steps > 1 else ()), config.training.batch_size)
 
-        def of(x: np.ndarray | None) -> Any:
-            if x is None:
-                return None
-            return jax.ShapeDtypeStruct((*stack, size, *x.shape[1:]), x.dtype, sharding=split)
+        def of(more: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*shape, *more), dtype, sharding=split)
 
+        images: list[Any] = [of(self.built.image_shape, np.uint8)]
+        if self.images is not None:
+            images = [of((), np.int32), of((), np.bool_) if config.data.flip else None]
         count = [np.int32(0)] if self.steps > 1 else []
-        return (*count, *self._fixed(), *map(of, self._arrays(0)))
+        labels = of((), np.int32) if config.model.num_classes else None
+        return (*count, *self._fixed(), *images, labels)
 
     def _arrays(self, step: int) -> tuple[np.ndarray | None, ...]:
         """Returns this process's part of one step's batch: images, or indices and which are
@@ -89,11 +90,10 @@ class Feed(NamedTuple):
         return () if self.images is None else (self.images,)
 
     def _split(self) -> NamedSharding:
-        axes = ("data",) if self.steps == 1 else (None, "data")
-        return NamedSharding(self.mesh, PartitionSpec(*axes))
+        return sharding.split_batch(self.mesh, axis=int(self.steps > 1))
 
     def _placed(self, x: np.ndarray | None) -> jax.Array | None:
-        return None if x is None else jax.make_array_from_process_local_data(self._split(), x)
+        return None if x is None else sharding.to_devices(self.mesh, x, axis=int(self.steps > 1))
 
 
 def feed(built: Experiment, data: Source, mesh: Mesh) -> Feed:
@@ -123,8 +123,4 @@ def _fits(choice: str, data: Source, device: Any) -> bool:
 
 def _on_devices(data: ArraySource, mesh: Mesh) -> jax.Array:
     everywhere, whole = sharding.replicated(mesh), np.asarray(data.image)
-    return jax.make_array_from_callback(whole.shape, everywhere, functools.partial(_part, whole))
-
-
-def _part(whole: np.ndarray, index: Any) -> np.ndarray:
-    return whole[index]
+    return jax.make_array_from_callback(whole.shape, everywhere, whole.__getitem__)

@@ -19,14 +19,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_batch(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding by which the first axis is split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def split_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Returns the sharding by which the axis of examples is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
-def to_devices(mesh: Mesh, batch: np.ndarray) -> jax.Array:
-    """Places this process's part of the global batch, as part of the global array."""
-    return jax.make_array_from_process_local_data(split_batch(mesh), batch)
+def to_devices(mesh: Mesh, batch: np.ndarray, axis: int = 0) -> jax.Array:
+    """Places this process's part of the global batch, whose examples are along `axis`, as part of
+    the global array."""
+    return jax.make_array_from_process_local_data(split_batch(mesh, axis), batch)
 
 
 def rounded_up(batch_size: int, mesh: Mesh) -> int:
