@@ -173,7 +173,7 @@ def config(rng: Rng, folder: Path) -> None:
 
 
 def literal(text: str, example: Any) -> Any:
-    """What a text means for a key that has such a value, a bare word being itself."""
+    """Returns the value that a text means for a key with such a value; a bare word is itself."""
     if isinstance(example, str):
         return text
     try:

@@ -7,7 +7,7 @@ VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """What a page shows, what it would fetch, and where its tags do not match."""
+    """The text a page shows, the files it would fetch, and its tags that do not match."""
 
     def __init__(self, text):
         super().__init__()

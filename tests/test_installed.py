@@ -101,7 +101,7 @@ def test_module_and_script_are_the_command(monkeypatch, capsys):
 
 
 def test_started_by_its_path_it_hides_no_other_package(monkeypatch, capsys):
-    """As a sweep starts its runs: `import data`, say, must not find ddpm/data."""
+    """A sweep starts its runs by this path: `import data`, say, must not find ddpm/data."""
     monkeypatch.setenv("GLIBC_TUNABLES", "")
     monkeypatch.setattr(sys, "argv", [str(cli.COMMAND), "--help"])
     monkeypatch.setattr(sys, "path", [str(ROOT / "ddpm"), *sys.path])

@@ -205,7 +205,7 @@ def test_key_and_batch():
 
 
 def test_a_network_with_a_gradient_alone_has_a_trace():
-    """As where a part of it is a kernel with a backward pass, and no derivative forwards."""
+    """Such a network has a kernel with a backward pass, and no derivative forwards."""
     rng = np.random.default_rng(0)
     matrix, x, probe = (np.float32(rng.normal(size=(3, n))) for n in (3, 3, 3))
 

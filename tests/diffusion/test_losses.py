@@ -118,7 +118,7 @@ def test_one_time_for_all():
     ],
 )
 def test_integrals_over_log_snr_have_ends(schedule, said):
-    """As the command refuses: a loss of infinity, or of 0 whatever the network says."""
+    """The command refuses the same: a loss of infinity, or of 0 whatever the network says."""
     x, t = jnp.ones((2, 3)), np.ones(2, np.int32)
     denoise = lambda x_t, t: Prediction(0 * x_t, x_t)  # noqa: E731
     with pytest.raises(ValueError, match=said):

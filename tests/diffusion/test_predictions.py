@@ -299,7 +299,7 @@ def test_the_name_of_a_parameterization_is_none():
 
 
 def test_posterior_mean_is_of_whole_times():
-    """Of others, which the command refuses, its x_0 is not a number or wrong."""
+    """At other times, which the command refuses, its x_0 is not a number or wrong."""
     schedule, x = schedules.linear(10), jnp.ones((2, 3))
     read = denoiser(schedule, lambda x, t: x, predictions.from_posterior_mean)
     assert np.isfinite(read(x, np.float32([4, 5])).x_0).all()

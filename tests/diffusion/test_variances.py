@@ -124,7 +124,7 @@ def test_range_in_a_chain_of_fewer_steps(steps):
 
 
 def test_a_learned_diagonal_is_of_single_steps():
-    """That of longer ones would be too small: refused, as by the command."""
+    """Longer steps would have too small a variance: refused, as by the command."""
     schedule, key = schedules.linear(5), jax.random.key(0)
     twice = lambda x, t: jnp.concatenate([x, x], -1)  # noqa: E731
     denoise = denoiser(schedule, twice, learned=learned_diagonal)

@@ -1,4 +1,4 @@
-"""What compares all pairs, in NumPy and float64 by differences: slow, and right about ties."""
+"""Comparisons of all pairs, in NumPy and float64 by differences: slow, and right about ties."""
 
 import numpy as np
 

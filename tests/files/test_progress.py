@@ -1,4 +1,4 @@
-"""What is being done is shown on a terminal and, as lines after silences, elsewhere."""
+"""The work under way is shown on a terminal and, as lines after silences, elsewhere."""
 
 import fcntl
 import io

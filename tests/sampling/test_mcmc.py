@@ -78,7 +78,7 @@ def variance_of(kernel, *, step_size, steps, density=bimodal, n=8000, **options)
     ("kernel", "step_size"), [(mcmc.mala, 0.4), (mcmc.hmc(4), 0.1)], ids=["mala", "hmc"]
 )
 def test_adjusted_chains_have_the_moments_of_the_density(kernel, step_size):
-    """Of 8000 chains, within four standard errors, though both accept only a part."""
+    """Those of 8000 chains are within four standard errors, though both accept only a part."""
     mean, variance, found = variance_of(kernel, step_size=step_size, steps=150)
     expected_mean, expected = of_bimodal()
     error = np.sqrt(expected / 8000)
