@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ddpm.diffusion.gaussian import expand_like
 from ddpm.diffusion.streams import normal
+from ddpm.diffusion.times import whole_number
 from ddpm.sampling.langevin import langevin_step
 
 Target = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -101,8 +102,7 @@ def hmc(leapfrogs: int = 5) -> Kernel:
 
     Raises ValueError unless leapfrogs >= 1.
     """
-    if leapfrogs < 1:
-        raise ValueError(f"leapfrogs = {leapfrogs}: must be a whole number >= 1")
+    whole_number("leapfrogs", leapfrogs)
 
     def kernel(
         target: Target, keys: jax.Array, state: State, step_size: jax.Array
