@@ -115,5 +115,6 @@ def _common(config: ConfigDict, image_shape: tuple[int, int, int]) -> dict[str, 
         "input_exponents": tuple(m.input_features),
         "add_input": m.add_input,
         "remat": m.remat,
+        "scan_blocks": m.scan_blocks,
         **conditioning.network_inputs(config, channels),
     }

@@ -38,6 +38,7 @@ def default() -> ConfigDict:
     config.model.num_groups = 32
     config.model.dtype = "float32"  # of the computation; "bfloat16": faster on GPUs and TPUs
     config.model.remat = "none"  # to train in less memory: "blocks", or "full" for still less
+    config.model.scan_blocks = False  # compiles equal blocks in a row once, as one scan
     config.model.norm_epsilon = 1e-6
     config.model.head_channels = 0  # channels of each attention head; 0: a single head
     config.model.symmetric_downsampling = False

@@ -14,7 +14,7 @@ _FREE = ("sampling.", "editing.", "comparison.", "evaluation.", "training.steps"
          "training.ema_snapshot_every", "data.on_device")  # fmt: skip
 # Keys that the weights depend on from here on: a change is reported.
 _REPORTED = ("data.path", "data.broken_images", "data.max_pixels", "model.dtype", "model.remat",
-             "training.accumulation",
+             "model.scan_blocks", "training.accumulation",
              "training.learning_rate", "training.warmup_steps", "training.grad_clip")  # fmt: skip
 
 

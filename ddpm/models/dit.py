@@ -23,6 +23,7 @@ from ddpm.models.layers import (
     time_embedding,
 )
 from ddpm.models.remat import rematerialized, rematerialized_within
+from ddpm.models.scan import over_blocks
 
 TIME_DIMENSION = 256  # of the sinusoids
 
@@ -112,6 +113,7 @@ class DiT(nn.Module):
     input_exponents: Sequence[int] = ()
     add_input: bool = False
     remat: str = "none"
+    scan_blocks: bool = False
 
     @nn.compact
     def __call__(
@@ -168,12 +170,14 @@ class DiT(nn.Module):
         heads = self.channels // (self.head_channels or self.channels)
         of_blocks = rematerialized(DiTBlock) if train and self.remat != "none" else DiTBlock
 
+        def block(h: jax.Array, _: None, name: str) -> tuple[jax.Array, None]:
+            made = of_blocks(heads, self.dropout, self.dtype, self.norm_epsilon, name=name)
+            return jnp.asarray(made(h, embedding, train=train)), None
+
         def blocks(h: jax.Array, *, numbers: range) -> jax.Array:
-            for i in numbers:
-                name = f"block_{i}"
-                block = of_blocks(heads, self.dropout, self.dtype, self.norm_epsilon, name=name)
-                h = jnp.asarray(block(h, embedding, train=train))
-            return h
+            names = [f"block_{i}" for i in numbers]
+            none = [None] * len(names)
+            return jnp.asarray(over_blocks(self, block, names, h, none, scan=self.scan_blocks)[0])
 
         full = train and self.remat == "full"
         size = math.isqrt(self.depth - 1) + 1 if full else self.depth  # of about as many groups

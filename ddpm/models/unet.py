@@ -4,6 +4,7 @@ With the settings of the paper it has 35,746,307 parameters for CIFAR-10 and 113
 From `norm_epsilon` on its settings are those in which networks trained by others differ.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from ddpm.models.layers import (
     time_embedding,
 )
 from ddpm.models.remat import rematerialized, rematerialized_within
+from ddpm.models.scan import over_blocks
 
 
 @jax.named_scope("mean")
@@ -141,6 +143,7 @@ class UNet(nn.Module):
       add_input: whether x is added to the output (Kingma et al. 2021).
       remat: what training computes again in the backward pass, to hold less: "none"; "blocks", each
         block from its input; or "full", each level from its inputs, and then each block within.
+      scan_blocks: whether equal blocks in a row are compiled once, by `lax.scan`.
     """
 
     channels: int = 128
@@ -166,6 +169,7 @@ class UNet(nn.Module):
     input_exponents: Sequence[int] = ()
     add_input: bool = False
     remat: str = "none"
+    scan_blocks: bool = False
 
     @nn.compact
     def __call__(
@@ -247,6 +251,8 @@ class UNet(nn.Module):
             )
             return jnp.asarray(block(h))
 
+        in_turn = functools.partial(over_blocks, self, scan=self.scan_blocks)
+
         def block(h: jax.Array, level: int, name: str) -> jax.Array:
             h = res_block(h, self.channels * self.channel_multipliers[level], name)
             if resolutions[level] in self.attention_resolutions:
@@ -265,11 +271,12 @@ class UNet(nn.Module):
             return conv3x3(h.shape[-1], name, dtype=self.dtype)(doubled(h))
 
         def down_blocks(h: jax.Array, *, level: int) -> list[jax.Array]:
-            outputs = []
-            for i in range(self.num_res_blocks):
-                h = block(h, level, f"down_{level}_{i}")
-                outputs.append(h)
-            return outputs
+            def one(h: jax.Array, _: None, name: str) -> tuple[jax.Array, jax.Array]:
+                h = block(h, level, name)
+                return h, h
+
+            names = [f"down_{level}_{i}" for i in range(self.num_res_blocks)]
+            return in_turn(one, names, h, [None] * len(names))[1]
 
         def middle(h: jax.Array) -> jax.Array:
             h = res_block(h, h.shape[-1], "middle_0")
@@ -277,9 +284,11 @@ class UNet(nn.Module):
             return res_block(h, h.shape[-1], "middle_1")
 
         def up_blocks(h: jax.Array, *skips: jax.Array, level: int) -> jax.Array:
-            for i, skip in enumerate(skips):
-                h = block(jnp.concatenate([h, skip], axis=-1), level, f"up_{level}_{i}")
-            return h
+            def one(h: jax.Array, skip: jax.Array, name: str) -> tuple[jax.Array, None]:
+                return block(jnp.concatenate([h, skip], axis=-1), level, name), None
+
+            names = [f"up_{level}_{i}" for i in range(len(skips))]
+            return jnp.asarray(in_turn(one, names, h, skips)[0])
 
         def of_level(blocks: Callable[..., Any], prefix: str) -> Callable[..., Any]:
             if not (train and self.remat == "full"):

@@ -38,10 +38,10 @@ NETWORKS = {
 
 
 @functools.cache
-def gradient(name, remat):
-    """The loss and gradient of a network with dropout, at weights that are not small, as compiled,
-    and the memory that XLA takes for them."""
-    model = NETWORKS[name].clone(remat=remat)
+def gradient(name, remat, dropout=0.1, **more):
+    """The loss and gradient of a network at weights that are not small, as compiled, the memory
+    that XLA takes for them, and how many convolutions and products its program has."""
+    model = NETWORKS[name].clone(remat=remat, dropout=dropout, **more)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(4, 8, 8, 1)), jnp.float32)
     t = jnp.asarray([1, 5, 50, 500])
@@ -52,21 +52,39 @@ def gradient(name, remat):
         out = model.apply(params, x, t, train=True, rngs={"dropout": jax.random.key(1)})
         return (out**2).mean()
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
-    return compiled(params), compiled.memory_analysis().temp_size_in_bytes
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
+    compiled, text = lowered.compile(), lowered.as_text()
+    operations = text.count("stablehlo.convolution") + text.count("stablehlo.dot_general")
+    return compiled(params), compiled.memory_analysis().temp_size_in_bytes, operations
 
 
 @pytest.mark.parametrize("remat", ["blocks", "full"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_is_computed_again_is_the_same(name, remat):
     """Dropout too; and the parameters have the same names, or the trees would differ."""
-    (loss, grads), memory = gradient(name, "none")
-    (again, also), less = gradient(name, remat)
-    np.testing.assert_allclose(again, loss, rtol=1e-6)
-    greatest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads))
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(also), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6 * greatest)
+    plain, memory, _ = gradient(name, "none")
+    again, less, _ = gradient(name, remat)
+    same(again, plain)
     assert less < memory
+
+
+def same(found, expected):
+    (loss, grads), (expected_loss, expected_grads) = found, expected
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    greatest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected_grads))
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * greatest)
+
+
+@pytest.mark.parametrize(("name", "remat"), [("unet", "none"), ("dit", "none"), ("dit", "full")])
+def test_blocks_in_a_scan_are_the_same(name, remat):
+    """Without dropout, whose draws differ; and the program has fewer blocks."""
+    one_level = {"channel_multipliers": (1,), "num_res_blocks": 3, "attention_resolutions": ()}
+    deeper = one_level if name == "unet" else {}
+    plain, _, blocks = gradient(name, remat, 0.0, **deeper)
+    scanned, _, fewer = gradient(name, remat, 0.0, scan_blocks=True, **deeper)
+    same(scanned, plain)
+    assert fewer < 0.8 * blocks
 
 
 def trained(config, accumulation):
