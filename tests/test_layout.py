@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up: a room imports from those before it alone.
 ROOMS = ("errors", "version", "diffusion", "models", "config", "files", "data", "backend",
-         "sampling", "energy", "training", "evaluation", "build", "interop", "modes",
+         "sampling", "energy", "codec", "training", "evaluation", "build", "interop", "modes",
          "cli")  # fmt: skip
 DOORS = ("__init__", "__main__")  # the public names and the command, which are of no room
 FILES = sorted((ROOT / "ddpm").rglob("*.py"))

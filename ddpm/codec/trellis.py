@@ -1,0 +1,145 @@
+"""A tail-biting trellis of Gaussian codewords: how an encoder sends a sample of a Gaussian.
+
+Encoder and decoder share N(0, 1) numbers. The encoder has a target N(m, v) of D dimensions, the
+decoder the prior N(0, I) only; n bits choose, of all the sequences of codewords that a shift
+register of them can make, the one that looks most like a draw from the target (Mao & Gray 2010 for
+the codes; Theis & Ahmed 2022 for sending samples).
+
+The D dimensions are cut into n blocks, of one bit each. After bit k the **state** is the last `nu`
+bits, of which those before the first are the last ones: the trellis bites its tail, so that no bits
+are lost on its ends. Each block has one codeword, a piece of Gaussian numbers, for each state. A
+sequence's score is the sum of log N(z; m, v) - log N(z; 0, 1) over all its numbers z, and the best
+sequence is found by Viterbi's algorithm: once around from half-way, which tells the state at the
+start, and once from there and back to it. Where n <= nu all 2^n sequences are tried.
+
+With n = 1.08 KL(target || prior) and nu = 12 it costs about 8 % more bits than an ideal coder.
+Bits are of a fixed number: reading them needs no model.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm.codec import randomness
+
+
+class Target(NamedTuple):
+    """A Gaussian relative to the prior N(0, I): its mean and variance, float32[B, D] each."""
+
+    mean: jax.Array
+    variance: jax.Array
+
+
+def kl(target: Target) -> jax.Array:
+    """Returns KL(N(m, v) || N(0, I)) in nats, [B]."""
+    m, v = target
+    return 0.5 * (m**2 + v - 1 - jnp.log(v)).sum(axis=-1)
+
+
+def encode(key: jax.Array, target: Target, num_bits: int, nu: int = 12) -> jax.Array:
+    """Returns the bits, bool[B, num_bits], whose `decode` is most like a draw from the target.
+
+    Takes time in proportion to 2^nu D. Raises ValueError unless 1 <= num_bits <= D and
+    1 <= nu <= 16.
+    """
+    dimensions = target.mean.shape[-1]
+    _check(dimensions, num_bits, nu)
+    weights = _in_blocks(key, _weights(target), num_bits)  # [n, B, 2, width]
+    if num_bits <= nu:
+        return _best_of_all(key, weights, num_bits)
+    states = jnp.arange(1 << nu, dtype=jnp.uint32)
+    half = num_bits // 2
+    numbers = jnp.arange(num_bits, dtype=jnp.uint32)
+
+    def score(block: jax.Array, weight: jax.Array) -> jax.Array:
+        g = randomness.normals(key, block, states, weight.shape[-1])
+        return weight[:, 0] @ g.T + weight[:, 1] @ (g**2).T  # [B, states]
+
+    def forward(
+        metric: jax.Array, given: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        two = metric.reshape(len(metric), 2, -1)  # by the oldest bit, which is forgotten
+        best = jnp.repeat(two.max(axis=1), 2, axis=1)  # by the newest, which either may be
+        return best + score(*given), two[:, 1] > two[:, 0]
+
+    def back(state: jax.Array, forgotten: jax.Array) -> tuple[jax.Array, jax.Array]:
+        bit = jnp.take_along_axis(forgotten, (state >> 1)[:, None].astype(int), axis=1)[:, 0]
+        return (state >> 1) | (bit.astype(jnp.uint32) << (nu - 1)), (state & 1).astype(bool)
+
+    around = jnp.roll(numbers, -half)
+    free = jnp.zeros((len(target.mean), 1 << nu))
+    metric, forgotten = jax.lax.scan(forward, free, (around, weights[around]))
+    last = metric.argmax(axis=1).astype(jnp.uint32)
+    start, _ = jax.lax.scan(back, last, forgotten[num_bits - half :], reverse=True)
+    fixed = jnp.where(states == start[:, None], 0.0, -jnp.inf)
+    _, forgotten = jax.lax.scan(forward, fixed, (numbers, weights))
+    _, bits = jax.lax.scan(back, start, forgotten, reverse=True)
+    return bits.T
+
+
+def decode(key: jax.Array, bits: jax.Array, dimensions: int, nu: int = 12) -> jax.Array:
+    """Returns z, float32[B, dimensions]: about N(0, I) over keys, about the target given one.
+
+    The same on every machine. Arguments must be those of `encode`.
+    """
+    num_bits = bits.shape[-1]
+    _check(dimensions, num_bits, nu)
+    newest_last = [jnp.roll(bits, shift, axis=-1).astype(jnp.uint32) << shift
+                   for shift in range(min(nu, num_bits))]  # fmt: skip
+    states = sum(newest_last[1:], newest_last[0])
+    numbers = jnp.arange(num_bits, dtype=jnp.uint32)
+    places = _places(key, dimensions, num_bits)
+    width = places.shape[1]
+    z = jax.vmap(lambda k, s: randomness.normals(key, k, s, width), (0, 1), 1)(numbers, states)
+    # What pads a block goes to one place more, which is cut off.
+    flat = jnp.zeros((len(bits), dimensions + 1)).at[:, places].set(z)
+    return flat[:, :dimensions]
+
+
+def _check(dimensions: int, num_bits: int, nu: int) -> None:
+    if not 1 <= num_bits <= dimensions:
+        raise ValueError(
+            f"{num_bits} bits for {dimensions} dimensions: a block has one bit and at least one of "
+            "them; take more steps"
+        )
+    if not 1 <= nu <= 16:
+        raise ValueError(f"nu = {nu}: must be a whole number in 1..16, 2^nu states")
+
+
+def _weights(target: Target) -> jax.Array:
+    """Returns the factors of z and z^2 in the score, [B, 2, D]."""
+    m, v = target
+    return jnp.stack([m / v, 0.5 - 0.5 / v], axis=1)
+
+
+def _places(key: jax.Array, dimensions: int, num_bits: int) -> np.ndarray | jax.Array:
+    """Returns which dimensions each block has, int[n, width], `dimensions` where there is none."""
+    edges = np.arange(num_bits + 1) * dimensions // num_bits
+    width = int(np.diff(edges).max())
+    inside = edges[:-1, None] + np.arange(width)
+    order = jnp.append(randomness.permutation(key, dimensions), dimensions)
+    return order[np.where(inside < edges[1:, None], inside, dimensions)]
+
+
+def _in_blocks(key: jax.Array, x: jax.Array, num_bits: int) -> jax.Array:
+    """Returns x [B, 2, D] by blocks, [n, B, 2, width], with zeros where a block has no more."""
+    padded = jnp.pad(x, ((0, 0), (0, 0), (0, 1)))
+    return jnp.moveaxis(padded[..., _places(key, x.shape[-1], num_bits)], 2, 0)
+
+
+def _best_of_all(key: jax.Array, weights: jax.Array, num_bits: int) -> jax.Array:
+    """Returns the best bits of all 2^n: with no more of them than nu, a state is all of them."""
+    every = (jnp.arange(1 << num_bits)[:, None] >> jnp.arange(num_bits)) & 1
+    newest_last = [jnp.roll(every, shift, axis=-1) << shift for shift in range(num_bits)]
+    states = sum(newest_last[1:], newest_last[0]).astype(jnp.uint32)
+
+    def add(total: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        block, state, weight = given
+        g = randomness.normals(key, block, state, weight.shape[-1])
+        return total + weight[:, 0] @ g.T + weight[:, 1] @ (g**2).T, None
+
+    given = (jnp.arange(num_bits, dtype=jnp.uint32), states.T, weights)
+    total, _ = jax.lax.scan(add, jnp.zeros((weights.shape[1], 1 << num_bits)), given)
+    return every[total.argmax(axis=1)].astype(bool)
