@@ -5,14 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from ddpm import Prediction, losses, schedules
+from ddpm import Prediction, losses, predictions, schedules
 from ddpm.diffusion import score
 from ddpm.diffusion.gaussian import q_sample
 
 SCHEDULE = schedules.linear(100)
 TIMES = np.arange(1, 101)
+STEPS = 1500  # of the network that is trained
 
 
 def mixture(dimensions, kind):
@@ -74,11 +76,13 @@ def test_score_is_the_gradient_of_log_q_at_every_t(dimensions):
         np.testing.assert_allclose(scale * found, scale * expected, atol=1e-4)
 
 
-def test_in_float64_to_ten_digits():
+@pytest.mark.parametrize("make", [schedules.linear, schedules.geometric], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dimensions", [2, 16, 64])
+def test_in_float64_to_ten_digits(dimensions, make):
     with jax.enable_x64(True):
-        of = mixture(16, np.float64)
-        schedule = schedules.linear(100)
-        x_t = np.random.default_rng(1).normal(size=(len(TIMES), 16))
+        of = mixture(dimensions, np.float64)
+        schedule = make(100)
+        x_t = np.random.default_rng(1).normal(size=(len(TIMES), dimensions))
         level = jax.tree.map(lambda x: np.asarray(x, np.float64), schedule.at(TIMES))
         alpha, noise = (np.asarray(x, np.float64) for x in (level.alpha, level.sigma_squared))
         exact = jax.vmap(jax.grad(log_q), (0, 0, 0, None))(x_t, alpha, noise, of)
@@ -109,6 +113,63 @@ def test_denoising_is_l_simple_in_both_views():
     np.testing.assert_allclose(ones(), simple / level.sigma_squared, rtol=1e-4)
     theirs = score.denoising_exploding(SCHEDULE, of_y, x_0, t, eps, weight=lambda s: s)
     np.testing.assert_allclose(theirs, simple * level.alpha / level.sigma, rtol=1e-4)
+
+
+def perceptron(params, x, c_noise):
+    """A network of x [B, 2] and of log(sigma)/4 [B], with three hidden layers."""
+    h = jnp.concatenate([x, 4 * c_noise[:, None], jnp.ones_like(x[:, :1])], axis=1)
+    for weights in params[:-1]:
+        h = jnp.concatenate([jax.nn.swish(h @ weights), jnp.ones_like(x[:, :1])], axis=1)
+    return h @ params[-1]
+
+
+def test_a_trained_network_comes_within_two_percent_of_the_floor_at_every_level():
+    """The floor is what the exact score, which no network can beat, pays on the same draws."""
+    schedule, of = schedules.geometric(8, 0.05, 20.0), mixture(2, jnp.float32)
+    weights, means, variance = of
+    exact = score.exploding(schedule, score.of(schedule, closed_form(schedule, of)))
+
+    def learned(params):
+        network = functools.partial(perceptron, params)
+        denoise = predictions.preconditioned(schedule, network, sigma_data=1.0)
+        return score.exploding(schedule, score.of(schedule, denoise))
+
+    def draws(key, t):
+        of_component, of_x_0, of_eps = jax.random.split(key, 3)
+        k = jax.random.categorical(of_component, jnp.log(weights), shape=t.shape)
+        x_0, eps = (jax.random.normal(key, (len(t), 2)) for key in (of_x_0, of_eps))
+        return means[k] + jnp.sqrt(variance) * x_0, t, eps
+
+    def loss(params, key, t):  # EDM's weight of sigma, with sigma_data = 1
+        paid = functools.partial(score.denoising_exploding, weight=lambda s: s**2 * (s**2 + 1))
+        return paid(schedule, learned(params), *draws(key, t)).mean()
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, STEPS))
+
+    @jax.jit
+    def trained(key):
+        def step(now, key):
+            params, state = now
+            of_t, of_loss = jax.random.split(key)
+            t = jax.random.randint(of_t, (512,), 1, schedule.num_steps + 1)
+            gradient = jax.grad(loss)(params, of_loss, t)
+            updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        keys = jax.random.split(key, 4 + STEPS)
+        sizes = [(4, 64), (65, 64), (65, 64), (65, 2)]
+        begin = [jax.random.normal(k, s) / s[0] ** 0.5 for k, s in zip(keys, sizes, strict=False)]
+        return jax.lax.scan(step, (begin, optimizer.init(begin)), keys[4:])[0][0]
+
+    @jax.jit
+    def paid(params, t):
+        drawn = draws(jax.random.fold_in(jax.random.key(7), t), jnp.full(40_000, t))
+        both = (score.denoising_exploding(schedule, s, *drawn) for s in (learned(params), exact))
+        return [x.mean() for x in both]
+
+    params = trained(jax.random.key(0))
+    ratio = {t: float(np.divide(*paid(params, t))) for t in range(1, schedule.num_steps + 1)}
+    assert all(0.999 < r < 1.02 for r in ratio.values()), ratio
 
 
 @pytest.fixture(scope="module")
