@@ -1,6 +1,6 @@
 """The Bayes floor of denoising score matching at each noise level, and how near networks come.
 
-    python examples/score_matching.py
+    python -m examples.score_matching
 
 The data are a mixture of three Gaussians in 2, 16 and 64 dimensions, so that the exact score is
 known. The floor is what that pays, L_simple on the same draws, which no network can beat on

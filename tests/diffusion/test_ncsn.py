@@ -92,6 +92,22 @@ def test_langevin_variance_is_that_of_a_chain_at_one_point():
     assert variance == pytest.approx(ncsn.langevin_variance(ratio, steps, h), rel=1e-5)
 
 
+def test_examples_of_the_docstrings():
+    assert round(ncsn.level_ratio(3072), 4) == 1.0398
+    assert round(ncsn.langevin_step_size(5000 ** (1 / 231), 5), 4) == 0.0618
+    images = np.float32(np.random.default_rng(2).uniform(-1, 1, (9, 4, 4, 1)))
+    sigma_max = ncsn.largest_distance(images)
+    ratio = ncsn.level_ratio(images[0].size)
+    num_steps = ncsn.num_levels(0.02, sigma_max, ratio)
+    schedule = schedules.geometric(num_steps, 0.02, sigma_max)
+    sigma = np.exp(-0.5 * np.asarray(schedule.log_snr[1:], np.float64))
+    assert sigma[[0, -1]] == pytest.approx([0.02, sigma_max], rel=1e-6)
+    ratios = sigma[1:] / sigma[:-1]
+    assert ratios == pytest.approx(np.full(num_steps - 1, ratios[0]), rel=1e-5)
+    assert ratio ** ((num_steps - 2) / (num_steps - 1)) < ratios[0] <= ratio
+    assert 0 < ncsn.langevin_step_size(ratio, 5) < 1
+
+
 def test_configs_follow_the_rules():
     """The digits' by the data; CIFAR-10's are the paper's, whose data are half as large."""
     d, s = digits_ncsn.get_config().diffusion, digits_ncsn.get_config().sampling

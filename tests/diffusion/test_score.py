@@ -47,14 +47,17 @@ def closed_form(schedule, of):
     return denoise
 
 
-@pytest.mark.parametrize("dimensions", [2, 16, 64])
-def test_score_is_the_gradient_of_log_q_at_every_t(dimensions):
+@pytest.mark.parametrize(
+    ("dimensions", "schedule"),
+    [(2, SCHEDULE), (16, SCHEDULE), (64, SCHEDULE), (64, schedules.geometric(100))],
+)
+def test_score_is_the_gradient_of_log_q_at_every_t(dimensions, schedule):
     """In both views; and there and back."""
     of = mixture(dimensions, jnp.float32)
     rng = np.random.default_rng(0)
     x_0 = rng.normal(size=(len(TIMES), dimensions)).astype(np.float32)
-    x_t = q_sample(SCHEDULE, x_0, TIMES, rng.normal(size=x_0.shape).astype(np.float32))
-    level = SCHEDULE.at(TIMES)
+    x_t = q_sample(schedule, x_0, TIMES, rng.normal(size=x_0.shape).astype(np.float32))
+    level = schedule.at(TIMES)
 
     @jax.jit
     def all_of(x_t):
@@ -62,11 +65,11 @@ def test_score_is_the_gradient_of_log_q_at_every_t(dimensions):
         exact = jax.vmap(jax.grad(log_q), (0, 0, 0, None))(x_t, alpha, noise, of)
         y, s = x_t / level.alpha[:, None], level.sigma / level.alpha
         of_y = jax.vmap(jax.grad(log_q), (0, None, 0, None))(y, 1.0, s**2, of)
-        found = score.of(SCHEDULE, closed_form(SCHEDULE, of))
-        exploding = score.exploding(SCHEDULE, found)
-        back = score.preserving(SCHEDULE, exploding)
-        again = score.denoiser(SCHEDULE, found)(x_t, TIMES).x_0
-        expected = closed_form(SCHEDULE, of)(x_t, TIMES).x_0
+        found = score.of(schedule, closed_form(schedule, of))
+        exploding = score.exploding(schedule, found)
+        back = score.preserving(schedule, exploding)
+        again = score.denoiser(schedule, found)(x_t, TIMES).x_0
+        expected = closed_form(schedule, of)(x_t, TIMES).x_0
         return ((found(x_t, TIMES), exact), (exploding(y, TIMES), of_y), (back(x_t, TIMES), exact),
                 (again, expected))  # fmt: skip
 
