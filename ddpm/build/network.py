@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddpm.build import conditioning
-from ddpm.build.parts import PRECONDITIONED, SEES_LOG_SNR, Part
+from ddpm.build.parts import NO_SIGNAL, PRECONDITIONED, SEES_LOG_SNR, Part
 from ddpm.build.variance import learns_variance
-from ddpm.diffusion.predictions import conditioned_on_log_snr
+from ddpm.diffusion.predictions import conditioned_on_log_snr, noise_unconditional
 from ddpm.errors import InputError, first_line
 from ddpm.models.dit import DiT
 from ddpm.models.unet import UNet
@@ -23,6 +23,14 @@ NOISE_INPUTS: dict[str, Part] = {
         conditioned_on_log_snr,
         facts={SEES_LOG_SNR},
         excludes={PRECONDITIONED: "EDM's preconditioning has its own input for it: take 't'"},
+    ),
+    "none": Part(
+        noise_unconditional,
+        excludes={
+            PRECONDITIONED: "EDM's preconditioning has its own input for the noise: take 't'",
+            NO_SIGNAL: "the network is given x_t/alpha_t, which is infinite at t = T, where the "
+            "schedule leaves no signal: take 't'",
+        },
     ),
 }
 DTYPES = ("float32", "bfloat16")

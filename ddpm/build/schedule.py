@@ -40,6 +40,10 @@ SCHEDULES: dict[str, Part] = {
         lambda d: continuous.table(continuous.linear(d.log_snr_0, d.log_snr_1), d.num_steps),
         facts={CLOSELY_SPACED},
     ),
+    "geometric": Part(
+        lambda d: schedules.geometric(d.num_steps, d.sigma_min, d.sigma_max),
+        facts={CLOSELY_SPACED},
+    ),
     "edm": Part(lambda d: continuous.table(continuous.edm(), d.num_steps), facts={CLOSELY_SPACED}),
     "learned": Part(
         _learned,

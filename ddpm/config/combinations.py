@@ -75,7 +75,7 @@ def check_steering(config: Mapping[str, Any]) -> None:
 
 
 def _check_network(config: Mapping[str, Any]) -> None:
-    """Raises InputError for settings without effect, so that nobody compares them."""
+    """Raises InputError for settings without effect, so that nobody compares them, or at odds."""
     m = config["model"]
     for key, plain, other, value in (
         ("symmetric_downsampling", False, "up_down", "resblock"),
@@ -87,6 +87,11 @@ def _check_network(config: Mapping[str, Any]) -> None:
                 f"config.model.{key} = {m[key]!r}: has no effect with config.model.{other} = "
                 f"{value!r}: leave it at {plain!r}"
             )
+    if m["add_input"] and m["noise_input"] == "none":
+        raise InputError(
+            "config.model.add_input = True: would add x_t/alpha_t, which is as large as the noise, "
+            "with config.model.noise_input = 'none': leave it at False"
+        )
 
 
 def _check_conditioning(config: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ def default() -> ConfigDict:
     config.model.symmetric_downsampling = False
     config.model.cosines_first = False  # order in the time embedding
     config.model.frequency_shift = 1  # of the time embedding's frequencies
-    config.model.noise_input = "t"  # or "log_snr": what the network is conditioned on
+    config.model.noise_input = "t"  # conditions the network; "log_snr", or "none": NCSNv2's
     config.model.num_classes = 0  # for conditioning on labels; 0: no labels
     # Super-resolution: the shorter side of the small image to condition on; 0: none.
     config.model.low_resolution = 0
@@ -67,6 +67,9 @@ def default() -> ConfigDict:
     config.diffusion.betas = ()  # for schedule 'betas': beta_1, .., beta_T
     config.diffusion.log_snr_0 = 13.3  # start of 'linear_log_snr' and 'learned'
     config.diffusion.log_snr_1 = -5.0  # and their end
+    # sigma/alpha at t = 1 and t = T of 'geometric', for data in [-1, 1]: twice those for [0, 1].
+    config.diffusion.sigma_min = 0.02
+    config.diffusion.sigma_max = 100.0
     config.diffusion.reference_resolution = 0  # shifts the schedule from images this large; 0: off
     config.diffusion.zero_terminal_snr = False  # rescales the schedule to end without signal
     config.diffusion.prediction = "eps"  # what the network predicts; "edm": preconditioned

@@ -152,6 +152,8 @@ _RULES: dict[str, tuple[Any, str]] = {
     "diffusion.sigma_data": _POSITIVE,
     "diffusion.log_snr_0": (lambda v: abs(v) <= 30, "in [-30, 30]"),
     "diffusion.log_snr_1": (lambda v: abs(v) <= 30, "in [-30, 30]"),
+    "diffusion.sigma_min": (lambda v: 1e-6 <= v <= 1e6, "in [1e-6, 1e6]"),
+    "diffusion.sigma_max": (lambda v: 1e-6 <= v <= 1e6, "in [1e-6, 1e6]"),
     "diffusion.reference_resolution": _whole(0, _WIDEST),
     "training.steps": _whole(1),
     "training.batch_size": _whole(1, _MOST_IN_BATCH),

@@ -140,6 +140,23 @@ def conditioned_on_log_snr(schedule: Schedule, network: Network) -> Network:
     return conditioned
 
 
+def noise_unconditional(schedule: Schedule, network: Network) -> Network:
+    """Gives the network y = x_t/alpha_t, the data plus noise of standard deviation sigma_t/alpha_t,
+    and 0 in the place of t: NCSNv2's (Song & Ermon 2020, Technique 3).
+
+    Of eps it is the score of y as a function f(y) over sigma, eps = -f. Which noise is in y, the
+    network sees by y alone, and so only in many dimensions. Raises ValueError with no signal at
+    t = T.
+    """
+    require_signal(schedule, "where y = x_t / alpha_t is infinite")
+
+    def unconditional(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        y = x_t / expand_like(schedule.at(t).alpha, x_t)
+        return network(y, jnp.zeros_like(t))
+
+    return unconditional
+
+
 def preconditioned(schedule: Schedule, network: Network, *, sigma_data: float = 0.5) -> Denoiser:
     """Returns the denoiser of Karras et al. (2022), Eq. 7, from a network F(c_in x, c_noise).
 

@@ -289,6 +289,22 @@ def constant(num_steps: int = 1000, beta: float = 0.02) -> NoiseSchedule:
     return from_betas(np.full(whole_number("num_steps", num_steps), beta))
 
 
+def geometric(
+    num_steps: int = 232, sigma_min: float = 0.02, sigma_max: float = 100.0
+) -> NoiseSchedule:
+    """Returns the schedule whose sigma_t/alpha_t is geometric, from sigma_min at t = 1 to sigma_max
+    at t = T: the noise levels of NCSN (Song & Ermon 2019), whose view is y = x_t/alpha_t.
+
+    In units of the data: by default NCSNv2's for CIFAR-10, which has 0.01 and 50 for data in
+    [0, 1] where these are in [-1, 1] (Song & Ermon 2020; `ncsn` has their rules for others).
+    Raises ValueError unless num_steps >= 2 and 0 < sigma_min < sigma_max.
+    """
+    num_steps = whole_number("num_steps", num_steps, 2)
+    if not 0 < sigma_min < sigma_max < np.inf:
+        raise ValueError(f"sigma from {sigma_min} to {sigma_max}: must rise from above 0")
+    return from_log_snr(-2 * np.linspace(np.log(sigma_min), np.log(sigma_max), num_steps))
+
+
 def jsd(num_steps: int = 1000) -> NoiseSchedule:
     """Returns the schedule with beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t/T (Sohl-Dickstein
     et al. 2015).

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm.diffusion.gaussian import same_shape
-from ddpm.diffusion.predictions import Denoiser, predict, to_score
+from ddpm.diffusion.predictions import Denoiser, Prediction, predict, to_score
 from ddpm.diffusion.process import Noise, StepInfo, StepResult
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.streams import LANGEVIN
@@ -31,8 +31,14 @@ def annealed_langevin(
 ) -> Sampler:
     """Returns annealed Langevin dynamics (Song & Ermon 2019, Algorithm 1), one noise level a step.
 
-    At each time the Langevin steps, of size h = step_size sigma_t^2; then x/alpha is carried to the
-    next level; into t = 0 the predicted x_0 goes. Levels should be near: take `grids.log_snr`.
+    At each time the Langevin steps, of size h = step_size sigma_t^2; then y = x_t/alpha_t is
+    carried to the next level; into t = 0 the predicted x_0 goes, the denoising step of Song & Ermon
+    (2020). Levels should be near: all of `schedules.geometric`, or `grids.log_snr`.
+
+    In y, with s_i = sigma_t/alpha_t, a step is y <- y + a_i score(y) + sqrt(2 a_i) z with
+    a_i = step_size s_i^2: the same chain, with step_size = epsilon/s_1^2 for the epsilon of Song &
+    Ermon (2020, Algorithm 1), and half of that for those of 2019, who move by a_i/2 and sqrt(a_i).
+    `ncsn.langevin_step_size` chooses it.
 
     Raises ValueError unless steps_per_level >= 1 and 0 < step_size < 2, beyond which x grows.
     """
@@ -49,12 +55,16 @@ def annealed_langevin(
         noise: Noise,
         memory: Any,
     ) -> StepResult:
-        x_t = _corrected(schedule, denoiser, x_t, step_info.t, noise, steps_per_level, step_size)
-        prediction = predict(denoiser, x_t, step_info.t)
-        carried = x_t * (schedule.at(step_info.s).alpha / schedule.at(step_info.t).alpha)
-        x_s = jnp.where(step_info.s == 0, prediction.x_0, carried)
-        # The last prediction is asked for by t = 0 alone, and by whoever looks on.
-        return StepResult(x_s, prediction, memory, steps_per_level + 1)
+        t, s = step_info.t, step_info.s
+        h = step_size * schedule.at(t).sigma_squared
+        x_t, found = _moved(schedule, denoiser, x_t, t, noise, steps_per_level, h)
+        into_data = s == 0  # where the denoiser is asked once more, of x_t as it now is
+        prediction = jax.lax.cond(
+            into_data, lambda x: predict(denoiser, x, t), lambda x: found, x_t
+        )
+        carried = x_t * (schedule.at(s).alpha / schedule.at(t).alpha)
+        x_s = jnp.where(into_data, prediction.x_0, carried)
+        return StepResult(x_s, prediction, memory, steps_per_level + jnp.int32(into_data))
 
     label = f"{steps_per_level}x{step_size:g}"
     return Sampler(step, steps, label=label, draws_noise=True, needs_signal=True)
@@ -94,7 +104,8 @@ def predictor_corrector(
         noise: Noise,
         memory: Any,
     ) -> StepResult:
-        x_t = _corrected(schedule, denoiser, x_t, step_info.t, noise, corrector_steps, 2 * snr**2)
+        h = 2 * snr**2 * schedule.at(step_info.t).sigma_squared
+        x_t, _ = _moved(schedule, denoiser, x_t, step_info.t, noise, corrector_steps, h)
         found = predictor.step(schedule, denoiser, x_t, step_info, noise, memory)
         return found._replace(evaluations=found.evaluations + corrector_steps)
 
@@ -102,21 +113,26 @@ def predictor_corrector(
     return predictor._replace(step=step, steps=steps, draws_noise=True)
 
 
-def _corrected(
+def _moved(
     schedule: NoiseSchedule,
     denoiser: Denoiser,
     x_t: jax.Array,
     t: jax.Array,
     noise: Callable[[Any], jax.Array],
     steps: int,
-    relative: float,
-) -> jax.Array:
-    """Returns x_t after `steps` Langevin steps of size relative * sigma_t^2, all at t."""
-    step_size = relative * schedule.at(t).sigma_squared
+    step_size: jax.Array,
+) -> tuple[jax.Array, Prediction]:
+    """Returns x_t after `steps` Langevin steps, all at t, and the prediction that the last one
+    went by."""
     times = jnp.broadcast_to(t, x_t.shape[:1])
 
-    def move(k: jax.Array, x: jax.Array) -> jax.Array:
-        score = to_score(schedule, times, predict(denoiser, x, times))
-        return langevin_step(score, x, step_size, noise(LANGEVIN + k))
+    def move(k: jax.Array, now: tuple[jax.Array, Prediction]) -> tuple[jax.Array, Prediction]:
+        x, _ = now
+        found = predict(denoiser, x, times)
+        score = to_score(schedule, times, found)
+        return langevin_step(score, x, step_size, noise(LANGEVIN + k)), found
 
-    return jax.lax.fori_loop(0, steps, move, x_t)
+    shapes = jax.eval_shape(lambda x: predict(denoiser, x, times), x_t)
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    moved: tuple[jax.Array, Prediction] = jax.lax.fori_loop(0, steps, move, (x_t, none))
+    return moved

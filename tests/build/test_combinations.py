@@ -1,5 +1,6 @@
 """What of a config goes together, and what is refused at start, with the reason."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -135,6 +136,25 @@ def configured(**values):
         ),
         ({"diffusion__schedule": "learned"}, r"noise_input = 't': t means another noise as the"),
         (
+            {"diffusion__schedule": "geometric", "diffusion__sigma_min": 3.0,
+             "diffusion__sigma_max": 2.0},
+            r"config.diffusion: sigma from 3.0 to 2.0: must rise from above 0",
+        ),
+        (
+            {"model__noise_input": "none", "diffusion__zero_terminal_snr": True,
+             "diffusion__prediction": "v"},
+            r"noise_input = 'none': the network is given x_t/alpha_t, which is infinite",
+        ),
+        (
+            {"model__noise_input": "none", "diffusion__prediction": "edm"},
+            r"noise_input = 'none': EDM's preconditioning has its own input for the noise",
+        ),
+        (
+            {"model__noise_input": "none", "model__add_input": True},
+            r"config.model.add_input = True: would add x_t/alpha_t, .*leave it at False",
+        ),
+        (LEARNED | {"model__noise_input": "none"}, r"noise_input = 'none': .*take 'log_snr'"),
+        (
             LEARNED | {"training__loss": "mse"},
             r"training.loss = 'mse': a schedule is learned by the continuous bound alone",
         ),
@@ -194,6 +214,18 @@ def test_what_goes_together_is_not_refused():
     ):  # fmt: skip
         check_sampling(configured(**values), noise_schedule(configured(**values)))
         objective_of(configured(**values), noise_schedule(configured(**values)))
+
+
+def test_a_network_without_a_noise_input_is_given_y_at_any_time():
+    """Also between the whole ones, where solvers ask; so that x_0 = y - s f(y)."""
+    values = {"model__noise_input": "none", "diffusion__schedule": "geometric"}
+    built = build(configured(**values), (16, 16, 3))
+    y = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    for t in (np.array([1, 2, 5, T]), np.float32([1.0, 1.5, 7.25, T - 0.5])):
+        s = 0.02 * 5000 ** ((t - 1)[:, None] / (T - 1))  # from 0.02 to 100
+        alpha = 1 / np.hypot(1, s)
+        found = built.objective.denoiser(lambda y, t: jnp.sin(y))(alpha * y, t)
+        np.testing.assert_allclose(found.x_0, y - s * np.sin(y), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

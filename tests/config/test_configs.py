@@ -58,7 +58,8 @@ def test_config_is_valid_and_its_network_can_be_built(file):
 def of_its_own(config):
     """Whether the step is another than the paper's, but for the network's levels."""
     usual = default()
-    usual.diffusion.schedule = config.diffusion.schedule
+    for key in ("schedule", "num_steps", "sigma_min", "sigma_max"):
+        usual.diffusion[key] = config.diffusion[key]
     return (
         config.diffusion.to_dict() != usual.diffusion.to_dict()
         or any(config.training[key] != usual.training[key] for key in OF_A_STEP)

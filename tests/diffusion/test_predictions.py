@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm import Prediction, clipped, denoiser, loss_weights, predictions, q_sample, schedules
+from ddpm import (
+    Prediction,
+    clipped,
+    denoiser,
+    loss_weights,
+    losses,
+    predictions,
+    q_sample,
+    schedules,
+    score,
+)
 from ddpm.diffusion import continuous
 from tests.exact import NAMES, close, gaussian_denoiser, pair
 
@@ -291,6 +301,33 @@ def test_log_snr_is_given_in_0_to_1000_and_not_beyond():
     assert (
         conditioned(jnp.zeros(7), jnp.zeros(7)) == jnp.array([0, 0, 0, 250, 1000, 1000, 1000])
     ).all()
+
+
+@pytest.mark.parametrize("make", [schedules.linear, schedules.geometric], ids=lambda f: f.__name__)
+def test_noise_unconditional_network_is_ncsns(make):
+    """It is given y alone; as a score it is f(y)/s, and L_simple its loss of weight s^2."""
+    schedule, t = make(100), jnp.arange(1, 101)
+    rng, seen = np.random.default_rng(8), []
+    x_0, eps = np.float32(rng.normal(size=(2, 100, 3)))
+    weights = np.float32(rng.normal(size=(3, 3)))
+
+    def network(y, time):
+        seen.append((y, time))
+        return jnp.tanh(y @ weights)
+
+    denoise = denoiser(schedule, predictions.noise_unconditional(schedule, network))
+    found = losses.simple(schedule, denoise, x_0, t, eps)
+    (y, time), s = seen.pop(), jnp.exp(-0.5 * schedule.log_snr[1:])[:, None]
+    close(y, x_0 + s * eps, rtol=2e-5, atol=1e-5)
+    assert time.shape == t.shape
+    assert not time.any()
+
+    ncsn = lambda y, t: -jnp.tanh(y @ weights) / s  # noqa: E731
+    close(score.denoising_exploding(schedule, ncsn, x_0, t, eps), found, rtol=1e-4)
+    of_x_t = score.preserving(schedule, ncsn)
+    close(score.denoising(schedule, of_x_t, x_0, t, eps), found, rtol=1e-4)
+    with pytest.raises(ValueError, match="where y = x_t / alpha_t is infinite"):
+        predictions.noise_unconditional(schedules.jsd(10), network)
 
 
 def test_the_name_of_a_parameterization_is_none():

@@ -10,6 +10,7 @@ import pytest
 from ddpm import Prediction, losses, schedules
 from ddpm.diffusion import score
 from ddpm.diffusion.gaussian import q_sample
+from examples import score_matching
 
 SCHEDULE = schedules.linear(100)
 TIMES = np.arange(1, 101)
@@ -46,14 +47,17 @@ def closed_form(schedule, of):
     return denoise
 
 
-@pytest.mark.parametrize("dimensions", [2, 16, 64])
-def test_score_is_the_gradient_of_log_q_at_every_t(dimensions):
+@pytest.mark.parametrize(
+    ("dimensions", "schedule"),
+    [(2, SCHEDULE), (16, SCHEDULE), (64, SCHEDULE), (64, schedules.geometric(100))],
+)
+def test_score_is_the_gradient_of_log_q_at_every_t(dimensions, schedule):
     """In both views; and there and back."""
     of = mixture(dimensions, jnp.float32)
     rng = np.random.default_rng(0)
     x_0 = rng.normal(size=(len(TIMES), dimensions)).astype(np.float32)
-    x_t = q_sample(SCHEDULE, x_0, TIMES, rng.normal(size=x_0.shape).astype(np.float32))
-    level = SCHEDULE.at(TIMES)
+    x_t = q_sample(schedule, x_0, TIMES, rng.normal(size=x_0.shape).astype(np.float32))
+    level = schedule.at(TIMES)
 
     @jax.jit
     def all_of(x_t):
@@ -61,11 +65,11 @@ def test_score_is_the_gradient_of_log_q_at_every_t(dimensions):
         exact = jax.vmap(jax.grad(log_q), (0, 0, 0, None))(x_t, alpha, noise, of)
         y, s = x_t / level.alpha[:, None], level.sigma / level.alpha
         of_y = jax.vmap(jax.grad(log_q), (0, None, 0, None))(y, 1.0, s**2, of)
-        found = score.of(SCHEDULE, closed_form(SCHEDULE, of))
-        exploding = score.exploding(SCHEDULE, found)
-        back = score.preserving(SCHEDULE, exploding)
-        again = score.denoiser(SCHEDULE, found)(x_t, TIMES).x_0
-        expected = closed_form(SCHEDULE, of)(x_t, TIMES).x_0
+        found = score.of(schedule, closed_form(schedule, of))
+        exploding = score.exploding(schedule, found)
+        back = score.preserving(schedule, exploding)
+        again = score.denoiser(schedule, found)(x_t, TIMES).x_0
+        expected = closed_form(schedule, of)(x_t, TIMES).x_0
         return ((found(x_t, TIMES), exact), (exploding(y, TIMES), of_y), (back(x_t, TIMES), exact),
                 (again, expected))  # fmt: skip
 
@@ -74,11 +78,13 @@ def test_score_is_the_gradient_of_log_q_at_every_t(dimensions):
         np.testing.assert_allclose(scale * found, scale * expected, atol=1e-4)
 
 
-def test_in_float64_to_ten_digits():
+@pytest.mark.parametrize("make", [schedules.linear, schedules.geometric], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dimensions", [2, 16, 64])
+def test_in_float64_to_ten_digits(dimensions, make):
     with jax.enable_x64(True):
-        of = mixture(16, np.float64)
-        schedule = schedules.linear(100)
-        x_t = np.random.default_rng(1).normal(size=(len(TIMES), 16))
+        of = mixture(dimensions, np.float64)
+        schedule = make(100)
+        x_t = np.random.default_rng(1).normal(size=(len(TIMES), dimensions))
         level = jax.tree.map(lambda x: np.asarray(x, np.float64), schedule.at(TIMES))
         alpha, noise = (np.asarray(x, np.float64) for x in (level.alpha, level.sigma_squared))
         exact = jax.vmap(jax.grad(log_q), (0, 0, 0, None))(x_t, alpha, noise, of)
@@ -109,6 +115,25 @@ def test_denoising_is_l_simple_in_both_views():
     np.testing.assert_allclose(ones(), simple / level.sigma_squared, rtol=1e-4)
     theirs = score.denoising_exploding(SCHEDULE, of_y, x_0, t, eps, weight=lambda s: s)
     np.testing.assert_allclose(theirs, simple * level.alpha / level.sigma, rtol=1e-4)
+
+
+def test_a_trained_network_comes_within_two_percent_of_the_floor_at_every_level():
+    """The floor is what the exact score, which no network can beat, pays on the same draws."""
+    schedule, data = schedules.geometric(8, 0.02, 10.0), score_matching.mixture(2)
+    denoise = score_matching.trained(jax.random.key(0), schedule, data, "conditioned", steps=1500)
+    floor, more = score_matching.paid(jax.random.key(1), schedule, data, denoise, 40_000)
+    assert (floor > 0).all()
+    assert (more > -1e-3).all(), more
+    assert (more < 0.02).all(), more
+
+
+def test_exact_denoisers_of_mixtures_agree():
+    """That of the example, and the one here."""
+    data, t = score_matching.mixture(16), np.arange(1, 101)
+    of = data.weights, data.means, data.variance
+    x_t = np.random.default_rng(3).normal(size=(100, 16)).astype(np.float32)
+    found, expected = data.denoiser(SCHEDULE)(x_t, t), closed_form(SCHEDULE, of)(x_t, t)
+    np.testing.assert_allclose(found.x_0, expected.x_0, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm import ancestral, ddim, sample_chain
+from ddpm import ancestral, ddim, sample_chain, schedules, score
+from ddpm.diffusion.streams import LANGEVIN
 from ddpm.sampling import grids
 from ddpm.sampling.langevin import annealed_langevin, langevin_step, predictor_corrector
 from ddpm.sampling.samplers import StepInfo
@@ -63,7 +64,7 @@ def test_the_corrector_keeps_the_marginal_it_is_at():
 @pytest.mark.parametrize(
     ("sampler", "calls"),
     [
-        (annealed_langevin(3), 5 * 4),
+        (annealed_langevin(3), 5 * 3 + 1),  # the last one denoises
         (predictor_corrector(corrector_steps=2), 5 * 3),
         (predictor_corrector(ddim(), steps=5), 5 * 2),
     ],
@@ -81,6 +82,49 @@ def test_calls_of_the_denoiser_are_counted(sampler, calls):
     jax.effects_barrier()
     assert chain.evaluations == len(asked) == calls
     assert set(asked) == set(t[:-1].tolist())
+
+
+def test_annealed_langevin_is_ncsns_in_the_exploding_view():
+    """Algorithm 1 of Song & Ermon (2020) in y, by NumPy in float64, with the same noise."""
+    levels, steps, epsilon = 6, 3, 6.2e-6
+    sigmas = np.geomspace(0.01, 2.0, levels)
+    schedule = schedules.geometric(levels, 0.01, 2.0)
+    centres = np.array([[-0.8, 0.3], [0.5, 0.5]])
+    rng = np.random.default_rng(4)
+    start, noises = rng.normal(size=(5, 2)), rng.normal(size=(levels + 1, steps, 5, 2))
+
+    def score_of(y, sigma, xp=np):  # of two points, as likely as each other
+        apart = centres - y[:, None]
+        logs = -0.5 * (apart**2).sum(-1) / sigma**2
+        share = xp.exp(logs - logs.max(axis=1, keepdims=True))
+        return ((share / share.sum(1, keepdims=True))[..., None] * apart).sum(1) / sigma**2
+
+    y = start * np.sqrt(1 + sigmas[-1] ** 2)  # x_T is standard normal
+    for i in reversed(range(levels)):
+        alpha = epsilon * sigmas[i] ** 2 / sigmas[0] ** 2
+        for z in noises[i + 1]:
+            y = y + alpha * score_of(y, sigmas[i]) + np.sqrt(2 * alpha) * z
+    y = y + sigmas[0] ** 2 * score_of(y, sigmas[0])
+
+    def of_y(y, t):
+        sigma = schedule.at(t).sigma / schedule.at(t).alpha
+        return score_of(y, sigma[:, None], jnp)
+
+    denoise = score.denoiser(schedule, score.preserving(schedule, of_y))
+    sampler = annealed_langevin(steps, step_size=epsilon / 0.01**2)
+
+    @jax.jit
+    def step(x, t):
+        info = StepInfo(t, t - 1, levels - t, jnp.arange(levels, -1, -1))
+        table = jnp.asarray(noises, jnp.float32)[t]
+        return sampler.step(schedule, denoise, x, info, lambda k: table[k - LANGEVIN], ())
+
+    x, calls = jnp.asarray(start, jnp.float32), 0
+    for t in range(levels, 0, -1):
+        found = step(x, jnp.asarray(t))
+        x, calls = found.x, calls + int(found.evaluations)
+    np.testing.assert_allclose(x, y, atol=1e-4)
+    assert calls == levels * steps + 1
 
 
 def test_steps_of_the_predictor_are_those_of_both():
