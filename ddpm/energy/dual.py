@@ -33,7 +33,7 @@ Networks see x_t, whose energy is U(x, lambda) = E(x / alpha, lambda) + D log al
     d/d lambda E = d/d lambda U + sigma^2 / 2 (x . grad_x U - D),                            (3)
 
 as d log alpha / d lambda = sigma^2 / 2: one backward pass gives both. No derivative of the schedule
-comes in, so that tables, whose t are whole, serve as well as continuous time. The two conditions are
+comes in: tables, whose t are whole, serve as well as continuous time. The two conditions are
 not independent: by the diffusion equation, of which the time s^2 is,
 
     d/d lambda E = s^2 / 2 (|grad_y E|^2 - div_y grad_y E).                                  (4)
