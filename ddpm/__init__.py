@@ -10,6 +10,7 @@ ddpm.show(model.sample(jax.random.key(0), 16))
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ddpm import energy
 from ddpm.diffusion import (
     continuous,
     flow,
@@ -38,6 +39,7 @@ from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser, 
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.streams import sample_keys
 from ddpm.models.dit import DiT
+from ddpm.models.energy import EnergyNetwork
 from ddpm.models.unet import UNet
 from ddpm.sampling import editing, grids, guidance, langevin, mcmc
 from ddpm.sampling.adaptive import probability_flow
@@ -56,6 +58,7 @@ __all__ = [
     "Chain",
     "Denoiser",
     "DiT",
+    "EnergyNetwork",
     "Gaussian",
     "NoiseSchedule",
     "Prediction",
@@ -73,6 +76,7 @@ __all__ = [
     "denoiser",
     "dpm_solver",
     "editing",
+    "energy",
     "euler",
     "fixed_large",
     "fixed_small",

@@ -18,7 +18,7 @@ from ddpm.build.schedule import noise_schedule
 from ddpm.build.variance import reverse_variance
 from ddpm.diffusion import continuous
 from ddpm.diffusion.network_inputs import DenoiserFromEstimate, Prepare, averaged
-from ddpm.diffusion.predictions import Denoiser, clipped, thresholded
+from ddpm.diffusion.predictions import Denoiser, Network, clipped, thresholded
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.variances import ReverseVariance
 from ddpm.errors import InputError
@@ -162,6 +162,32 @@ class Experiment(NamedTuple):
             return self.objective.denoiser(network)
 
         return from_estimate
+
+    def energy(self, params: Any, label: jax.Array | None = None) -> Network:
+        """Returns the function (x_t, t) -> E [B] whose gradient by x_t is eps, at these weights.
+
+        Raises InputError for a network without an energy, or one that enlarges.
+        """
+        m = self.config.model
+        if m.energy == "none":
+            raise InputError(
+                "config.model.energy = 'none': the network is the gradient of no energy; train one "
+                "with config.model.energy = 'denoising'"
+            )
+        if m.low_resolution:
+            raise InputError(
+                f"config.model.low_resolution = {m.low_resolution}: the energy depends on the "
+                "images to enlarge, which are not given here: use model.sample"
+            )
+        given = conditioning.given(self.config, self.image_shape[:2], None, None)
+
+        def energy(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            more = given.arguments(len(x_t), None)
+            at = {"params": params}
+            return jnp.asarray(self.model.apply(at, x_t, t, label, **more, method="energy"))
+
+        seen: Network = network.NOISE_INPUTS[m.noise_input].make(self.schedule, energy)
+        return seen
 
     def _averaged(self, x_0: jax.Array | None) -> jax.Array | None:
         if x_0 is None or not self.config.model.low_resolution:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddpm.build import parts
-from ddpm.build.network import NOISE_INPUTS
+from ddpm.build.network import ENERGIES, NOISE_INPUTS
 from ddpm.build.parts import Part
 from ddpm.build.schedule import SCHEDULES, schedule_facts
 from ddpm.build.variance import VARIANCES, decoder_variance
@@ -57,7 +57,8 @@ def _prediction(parameterization: Parameterization, target: Target) -> Part:
             "it is of whole times, and the flow's are not: leave 'flow' out of "
             "config.evaluation.parts"
         )
-    return Part(Meaning(parameterization, target), excludes=excludes)
+    facts = {parts.PREDICTS_EPS} if parameterization is predictions.from_eps else set()
+    return Part(Meaning(parameterization, target), facts, excludes=excludes)
 
 
 PREDICTIONS: dict[str, Part] = {
@@ -321,6 +322,7 @@ def chosen_parts(config: ConfigDict) -> dict[str, tuple[Any, Part]]:
     """Returns the parts that training is made of, by the config's keys."""
     registries = {
         "diffusion.prediction": PREDICTIONS,
+        "model.energy": ENERGIES,
         "model.noise_input": NOISE_INPUTS,
         "diffusion.schedule": SCHEDULES,
         "diffusion.variance": VARIANCES,
@@ -339,5 +341,9 @@ def check_objective(config: ConfigDict, schedule: NoiseSchedule | None = None) -
 
     Without the schedule, only for those that never do.
     """
-    facts = {} if schedule is None else schedule_facts(config, schedule)
+    facts = {} if schedule is None else dict(schedule_facts(config, schedule))
+    if config.model.dtype != "float32":
+        facts[parts.HALF_PRECISION] = "model.dtype"
+    if config.training.self_conditioning:
+        facts[parts.SELF_CONDITIONED] = "training.self_conditioning"
     parts.check(config, chosen_parts(config), facts)

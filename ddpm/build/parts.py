@@ -23,6 +23,9 @@ CLOSELY_SPACED = "has its first level as close to the next as any other: a wide 
 # Facts of a network and of what its output means.
 SEES_LOG_SNR = "the network sees the log-SNR"
 PRECONDITIONED = "the network is preconditioned, x_0 alone"
+PREDICTS_EPS = "the network predicts eps"
+HALF_PRECISION = "the network computes in bfloat16"
+SELF_CONDITIONED = "the network sees its own estimate of x_0"
 LEARNS_VARIANCE = "the reverse variance is learned"
 # Facts of a loss, and of how its times are drawn.
 SQUARED = "a squared error that can be weighted"

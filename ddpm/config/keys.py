@@ -30,6 +30,8 @@ def default() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.name = "unet"  # or "dit", a transformer
+    # The scalar whose gradient by x is the output: "denoising", "inner_product" or "norm".
+    config.model.energy = "none"
     config.model.channels = 128
     config.model.channel_multipliers = (1, 2, 2, 2)
     config.model.num_res_blocks = 2
