@@ -21,6 +21,7 @@ from ddpm.diffusion.network_inputs import DenoiserFromEstimate, Prepare, average
 from ddpm.diffusion.predictions import Denoiser, Network, clipped, thresholded
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.variances import ReverseVariance
+from ddpm.energy import dual
 from ddpm.errors import InputError
 from ddpm.evaluation.shipped import log_probability
 from ddpm.sampling import samplers
@@ -28,7 +29,7 @@ from ddpm.sampling.generate import Generator
 from ddpm.sampling.guidance import classifier_free, classifier_guided, of_x_0
 from ddpm.sampling.samplers import Sampler
 from ddpm.training import ema, sharding
-from ddpm.training.objectives import LEARNED_SCHEDULE, Objective
+from ddpm.training.objectives import LEARNED_SCHEDULE, OFFSET, DualObjective, Objective
 from ddpm.training.optimizer import adam
 
 
@@ -168,6 +169,28 @@ class Experiment(NamedTuple):
 
         Raises InputError for a network without an energy, or one that enlarges.
         """
+        scalar = self._scalar(params, label)
+        seen: Network = network.NOISE_INPUTS[self.config.model.noise_input].make(
+            self.schedule, scalar
+        )
+        return seen
+
+    def normalized_energy(self, params: Any, key: jax.Array) -> dual.Energy:
+        """Returns (x_t, log_snr [B]) -> -log q(x_t) in nats, [B], without label; the key is of the
+        samples that normalise it.
+
+        Raises InputError for a model without one (`energy`, `config.training.loss`).
+        """
+        if not isinstance(self.objective, DualObjective):
+            raise InputError(
+                f"config.training.loss = {self.config.training.loss!r}: the energy is not "
+                "normalised: train it with 'dual'"
+            )
+        energy = self.objective.energy(self._scalar(params, None), params[OFFSET])
+        return dual.normalized(self.schedule, energy, self.image_shape, key)
+
+    def _scalar(self, params: Any, label: jax.Array | None) -> Network:
+        """Returns the network's energy by its own input for the noise level."""
         m = self.config.model
         if m.energy == "none":
             raise InputError(
@@ -186,8 +209,7 @@ class Experiment(NamedTuple):
             at = {"params": params}
             return jnp.asarray(self.model.apply(at, x_t, t, label, **more, method="energy"))
 
-        seen: Network = network.NOISE_INPUTS[m.noise_input].make(self.schedule, energy)
-        return seen
+        return energy
 
     def _averaged(self, x_0: jax.Array | None) -> jax.Array | None:
         if x_0 is None or not self.config.model.low_resolution:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from ddpm.build import conditioning
 from ddpm.build.parts import (
     HALF_PRECISION,
+    HAS_ENERGY,
     LEARNS_VARIANCE,
     PRECONDITIONED,
     PREDICTS_EPS,
@@ -40,6 +41,7 @@ def _energy(form: Form) -> Part:
     """Returns the part of an energy, by its form."""
     return Part(
         lambda network: EnergyNetwork(network, form),
+        facts={HAS_ENERGY},
         needs={
             PREDICTS_EPS: "the gradient of an energy is eps, and config.diffusion.prediction = "
             "{diffusion_prediction}: take 'eps'"

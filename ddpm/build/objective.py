@@ -18,9 +18,11 @@ from ddpm.diffusion.gaussian import expand_like
 from ddpm.diffusion.losses import Target
 from ddpm.diffusion.predictions import Denoiser, Network, Parameterization, Prediction
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.energy import dual
 from ddpm.training import ema
 from ddpm.training.objectives import (
     Draw,
+    DualObjective,
     GaussianObjective,
     LearnedScheduleObjective,
     Loss,
@@ -180,6 +182,30 @@ LOSSES: dict[str, Part] = {
         facts={parts.BOUND, parts.CONTINUOUS, parts.FRACTIONAL, parts.EVEN_TIMES},
         excludes=_INTEGRAL["excludes"],
     ),
+    "dual": Part(  # loss(energy, x_0, t, eps), of an energy by its log-SNR
+        lambda config, schedule: functools.partial(
+            dual.loss, schedule, time_weight=config.training.time_weight
+        ),
+        facts={parts.FRACTIONAL, parts.DUAL},
+        needs={
+            parts.HAS_ENERGY: parts.Blame(
+                "model.energy",
+                "config.training.loss = 'dual' fits both derivatives of an energy: take "
+                "'denoising', or another loss",
+            ),
+            parts.SEES_LOG_SNR: parts.Blame(
+                "model.noise_input",
+                "config.training.loss = 'dual' differentiates the energy by the log-SNR: take "
+                "'log_snr'",
+            ),
+        },
+        excludes={
+            parts.NO_SIGNAL: "the energy is differentiated over log-SNR, which has no end where "
+            "the schedule leaves no signal at t = T",
+            parts.ONE_LEVEL: "an energy is normalised from one noise level to another, and the "
+            "schedule has one",
+        },
+    ),
 }
 
 _UNEVEN = {
@@ -262,8 +288,11 @@ def objective(config: ConfigDict, schedule: NoiseSchedule) -> Objective:
     loss, times = LOSSES[t.loss], TIMES[t.times]
     fractional = parts.FRACTIONAL in loss.facts
 
-    def at(levels: Any, draw: Draw, history: Any = ()) -> GaussianObjective:
+    def at(levels: Any, draw: Draw, history: Any = ()) -> Any:
         read, loss_at = _denoiser(config, levels), loss.make(config, levels)
+        if parts.DUAL in loss.facts:
+            ends = tuple(float(levels.at(end).high) for end in levels.ends)
+            return DualObjective(read, draw, loss_at, num_steps, ends)
         return GaussianObjective(read, draw, loss_at, num_steps, history, t.self_conditioning)
 
     if parts.IS_LEARNED not in SCHEDULES[config.diffusion.schedule].facts:

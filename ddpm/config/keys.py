@@ -91,6 +91,7 @@ def default() -> ConfigDict:
     config.training.min_snr_gamma = 5.0
     config.training.sigmoid_bias = 0.0
     config.training.huber_delta = 1.0
+    config.training.time_weight = 1.0  # for 'dual': of the error in the noise level's derivative
     config.training.times = "uniform"  # how t is drawn
     config.training.ema = "constant"  # or 'warm_up' to ema_decay, 'half_life', 'power'
     config.training.ema_decay = 0.9999

@@ -154,25 +154,28 @@ def gaussian(variance: float = 1.0) -> Energy:
     return energy
 
 
-def mixture(weights: Sequence[float], energies: Sequence[Energy]) -> Energy:
-    """Returns the energy of a mixture of densities, exact at every noise level if theirs are: noise
-    acts on each by itself.
+def of_gradient(energy: Energy, rates: jax.Array, ends: tuple[float, float]) -> Energy:
+    """Returns U(x, lambda) = E(x, lambda) / sigma + c(lambda) of an energy E whose gradient by x is
+    eps, as `models.energy` has it, and of learned `rates`, float32[K].
 
-    Energies must be normalised, or the weights are not those that they are taken for:
-    `mixture([0.3, 0.7], [energy_a, energy_b])`. Raises ValueError for weights that are not positive
-    or not as many.
+    c(lambda) / D = log(2 pi) / 2 + the integral of the rates from the last log-SNR to lambda: each
+    is the slope of c over one of K equal parts of the log-SNR between the schedule's `ends` (first,
+    last), and its own regression, a mean of rates. Without c the network would have to move all of
+    its output to change one number, by up to D / 2 for each unit of log-SNR: where x_t is close to
+    the data the slope is -D / 2, and 0 in pure noise, where all rates begin. From E = |x|^2 / 2, an
+    energy of form `denoising` at its start, U is that of N(0, I) at t = T then.
     """
-    if len(weights) != len(energies) or not all(weight > 0 for weight in weights):
-        raise ValueError(f"weights {weights} of {len(energies)} energies: give one > 0 for each")
-    total = sum(weights)
+    first, last = ends
+    edges = jnp.linspace(last, first, len(rates) + 1)
+    width = (first - last) / len(rates)
 
-    def energy(x_t: jax.Array, log_snr: jax.Array) -> jax.Array:
-        parts = zip(weights, energies, strict=True)
-        return -jax.nn.logsumexp(
-            jnp.stack([math.log(w / total) - part(x_t, log_snr) for w, part in parts]), axis=0
-        )
+    def of_x(x_t: jax.Array, log_snr: jax.Array) -> jax.Array:
+        level = LogSNR(log_snr, jnp.zeros_like(log_snr))
+        passed = jnp.clip(log_snr[:, None] - edges[:-1], 0.0, width)
+        offset = 0.5 * math.log(2 * math.pi) + (rates * passed).sum(axis=-1)
+        return energy(x_t, log_snr) / level.sigma + x_t[0].size * offset
 
-    return energy
+    return of_x
 
 
 def log_normalizer(
