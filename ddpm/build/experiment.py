@@ -175,19 +175,21 @@ class Experiment(NamedTuple):
         )
         return seen
 
-    def normalized_energy(self, params: Any, key: jax.Array) -> dual.Energy:
-        """Returns (x_t, log_snr [B]) -> -log q(x_t) in nats, [B], without label; the key is of the
-        samples that normalise it.
+    def raw_energy(self, params: Any) -> dual.Energy:
+        """Returns (x_t, log_snr [B]) -> -log q(x_t) in nats but for one number, [B], without label.
 
-        Raises InputError for a model without one (`energy`, `config.training.loss`).
+        Raises InputError for a model that was not trained for it (`config.training.loss`).
         """
         if not isinstance(self.objective, DualObjective):
             raise InputError(
                 f"config.training.loss = {self.config.training.loss!r}: the energy is not "
                 "normalised: train it with 'dual'"
             )
-        energy = self.objective.energy(self._scalar(params, None), params[OFFSET])
-        return dual.normalized(self.schedule, energy, self.image_shape, key)
+        return self.objective.energy(self._scalar(params, None), params[OFFSET])
+
+    def log_normalizer(self, params: Any, key: jax.Array) -> dual.Estimate:
+        """Returns that number, log Z, and its standard error, by samples of the key."""
+        return dual.log_normalizer(self.schedule, self.raw_energy(params), self.image_shape, key)
 
     def _scalar(self, params: Any, label: jax.Array | None) -> Network:
         """Returns the network's energy by its own input for the noise level."""

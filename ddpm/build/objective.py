@@ -200,8 +200,6 @@ LOSSES: dict[str, Part] = {
             ),
         },
         excludes={
-            parts.NO_SIGNAL: "the energy is differentiated over log-SNR, which has no end where "
-            "the schedule leaves no signal at t = T",
             parts.ONE_LEVEL: "an energy is normalised from one noise level to another, and the "
             "schedule has one",
         },
@@ -291,8 +289,8 @@ def objective(config: ConfigDict, schedule: NoiseSchedule) -> Objective:
     def at(levels: Any, draw: Draw, history: Any = ()) -> Any:
         read, loss_at = _denoiser(config, levels), loss.make(config, levels)
         if parts.DUAL in loss.facts:
-            ends = tuple(float(levels.at(end).high) for end in levels.ends)
-            return DualObjective(read, draw, loss_at, num_steps, ends)
+            first, last = (float(levels.at(end).high) for end in levels.ends)
+            return DualObjective(read, draw, loss_at, num_steps, (first, last))
         return GaussianObjective(read, draw, loss_at, num_steps, history, t.self_conditioning)
 
     if parts.IS_LEARNED not in SCHEDULES[config.diffusion.schedule].facts:

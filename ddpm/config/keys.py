@@ -6,9 +6,10 @@ values, `combinations` the keys that must agree, the registries in `ddpm.build` 
 
 from ml_collections import ConfigDict
 
-PARTS = ("bound", "flow", "distances", "neighbours", "pictures")  # of --mode=evaluate
+PARTS = ("bound", "flow", "distances", "neighbours", "pictures", "energy")  # of --mode=evaluate
+OF_ANY = PARTS[:-1]  # those of models without a normalised energy too
 TASKS = ("vary", "inpaint", "interpolate", "reconstruct")  # of --mode=edit
-WITHOUT_FLOW = tuple(part for part in PARTS if part != "flow")  # for models without one
+WITHOUT_FLOW = tuple(part for part in OF_ANY if part != "flow")  # for models without one
 
 
 def default() -> ConfigDict:
@@ -171,12 +172,13 @@ def default() -> ConfigDict:
     config.comparison.seed = 0
 
     config.evaluation = ConfigDict()
-    config.evaluation.parts = PARTS
+    config.evaluation.parts = OF_ANY
     config.evaluation.split = "test"  # held out; '': none
     config.evaluation.path = ""  # the held-out folder or .npz, if it is another
     config.evaluation.batch_size = 250
     config.evaluation.bound_times = 20  # terms drawn per image; 0: all T
-    config.evaluation.bound_images = 0  # the first n of each split; 0: all
+    config.evaluation.bound_images = 0  # the first n of each split, for 'energy' too; 0: all
+    config.evaluation.foreign = ""  # for 'energy': 'digits' or a set of tfds, resized; '': none
     config.evaluation.flow_images = 256  # the first n held-out images, or without any of training
     config.evaluation.flow_tolerance = 1e-5
     config.evaluation.flow_exact_trace = False

@@ -98,10 +98,10 @@ def derivatives(energy: Energy, x_t: jax.Array, log_snr: jax.Array) -> Derivativ
     """
     value, pull = jax.vjp(energy, x_t, log_snr)
     same_shape(energy=value, log_snr=log_snr)
-    gradient, by_log_snr = pull(jnp.ones_like(value))
+    gradient, slope = pull(jnp.ones_like(value))
     level = LogSNR(log_snr, jnp.zeros_like(log_snr))
     along = (x_t * gradient).sum(axis=range(1, x_t.ndim))
-    rate = by_log_snr + level.sigma_squared / 2 * (along - x_t[0].size)
+    rate = slope + level.sigma_squared / 2 * (along - x_t[0].size)
     return Derivatives(value, expand_like(level.sigma, x_t) * gradient, rate)
 
 

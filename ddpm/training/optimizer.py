@@ -20,7 +20,8 @@ def adam(
     """Returns Adam (0.9, b2, 1e-8) with a linear warm-up from 0 and the gradient's norm clipped.
 
     With `weight_decay`, AdamW: every step takes this part, times the learning rate, off the
-    network's weights, but not off biases (as Kingma et al. 2021) a learned schedule or an energy's offset.
+    network's weights, but not off biases (as Kingma et al. 2021), a learned schedule or an energy's
+    offset.
     `moments_dtype` is of the first moment; the second is float32, for its decay is too slow for
     fewer bits.
     (The authors clip each replica's gradient and then average; with one replica it is the same.)

@@ -13,7 +13,6 @@ import pytest
 
 from ddpm import continuous, flow, schedules
 from ddpm.energy import dual
-from ddpm.sampling.mcmc import target
 from tests.exact import close
 
 MEANS = np.array([[-0.9, -0.3], [0.6, 0.8], [0.5, -0.7]])
@@ -102,15 +101,15 @@ def test_both_derivatives_are_posterior_means_and_obey_the_diffusion_equation(di
         def all_of(x_t, log_snr):
             found = dual.derivatives(energy, x_t, log_snr)
             y = x_t / jnp.sqrt(jax.nn.sigmoid(log_snr))[:, None]
-            by_y, by_log_snr = jax.vmap(jax.grad(exploding, (0, 1)))(y, log_snr)
+            by_y, slope = jax.vmap(jax.grad(exploding, (0, 1)))(y, log_snr)
             hessian = jax.vmap(jax.hessian(exploding))(y, log_snr)
             divergence = jnp.trace(hessian, axis1=1, axis2=2)
             diffused = jnp.exp(-log_snr) / 2 * ((by_y**2).sum(-1) - divergence)
-            return found, by_log_snr, diffused, posterior(x_t, log_snr, of)
+            return found, slope, diffused, posterior(x_t, log_snr, of)
 
-        found, by_log_snr, diffused, (eps, rate, _, _) = all_of(x_t, log_snr)
+        found, slope, diffused, (eps, rate, _, _) = all_of(x_t, log_snr)
         assert found.rate.dtype == np.float64
-        close(found.rate, by_log_snr, rtol=1e-9, atol=1e-9)
+        close(found.rate, slope, rtol=1e-9, atol=1e-9)
         close(found.rate, diffused, rtol=1e-9, atol=1e-9)
         close(found.rate, rate, rtol=1e-9, atol=1e-9)
         close(found.eps, eps, rtol=1e-9, atol=1e-9)
@@ -145,7 +144,7 @@ def test_the_exact_energy_pays_what_eps_leaves_open_and_no_less_is_possible(sche
             over, slope, wrong = (np.asarray(x, np.float64) for x in per_part)
             for name, x in (("floor", over), ("slope", slope)):
                 assert abs(x.mean()) < 4.5 * x.std() / n**0.5 + 1e-6, (t, number, name)
-            if t != times[-1]:  # where little is left that the change could be told by
+            if t != times[-1]:  # where little is left that would show the change
                 assert wrong.mean() > 10 * wrong.std() / n**0.5, (t, number)
 
 
@@ -154,11 +153,17 @@ def test_loss_is_the_weighted_sum_and_constants_are_free():
     x_0, eps = draws(KEY, n, THREE), jax.random.normal(jax.random.key(1), (n, 2))
     t, energy = np.arange(1, 50, 7)[:n].astype(np.int32), exact(THREE)
     x_0, eps = x_0[: len(t)], eps[: len(t)]
-    found = dual.errors(TABLE, energy, x_0, t, eps)
-    shifted = dual.errors(TABLE, lambda x, s: energy(x, s) + 3.0, x_0, t, eps)
+
+    @jax.jit
+    def all_of(x_0, t, eps):
+        found = dual.errors(TABLE, energy, x_0, t, eps)
+        shifted = dual.errors(TABLE, lambda x, s: energy(x, s) + 3.0, x_0, t, eps)
+        return found, shifted, dual.loss(TABLE, energy, x_0, t, eps, time_weight=3.0)
+
+    found, shifted, total = all_of(x_0, t, eps)
     for part, same in zip(found, shifted, strict=True):
         close(part, same, rtol=1e-4, atol=1e-6)
-    close(dual.loss(TABLE, energy, x_0, t, eps, time_weight=3.0), found.space + 3 * found.time)
+    close(total, found.space + 3 * found.time, rtol=1e-6)
     with pytest.raises(ValueError, match="time_weight = -1"):
         dual.loss(TABLE, energy, x_0, t, eps, time_weight=-1)
     with pytest.raises(ValueError, match="energy"):
@@ -167,36 +172,51 @@ def test_loss_is_the_weighted_sum_and_constants_are_free():
 
 def test_normalizer_of_exact_energies_and_that_of_a_constant():
     """Also of one that is not N(0, I) at the last time: what is measured is no assumption on it."""
-    shape = (2,)
-    ends_early = continuous.linear(5.0, -1.0)
-    for schedule, error in ((CONTINUOUS, 2e-3), (ends_early, 0.03)):
-        raw = exact(THREE)
-        energy = lambda x, s, raw=raw: raw(x, s) - 7.5  # noqa: E731
-        found = dual.log_normalizer(schedule, energy, shape, KEY, num_samples=4096)
-        assert found.standard_error < error
-        close(found.value, 7.5, atol=4 * found.standard_error)
-    ready = dual.normalized(CONTINUOUS, energy, shape, KEY)
-    x_1, log_snr = noised(CONTINUOUS, KEY, 16, THREE, 0.0)
-    close(dual.log_density(CONTINUOUS, ready, x_1), -raw(x_1, log_snr), atol=0.01)
+    raw, ends_early = exact(THREE), continuous.linear(5.0, -1.0)
+    energy = lambda x, s: raw(x, s) - 7.5  # noqa: E731
+
+    @jax.jit
+    def all_of():
+        found = [
+            dual.log_normalizer(schedule, energy, (2,), KEY, num_samples=4096)
+            for schedule in (CONTINUOUS, ends_early)
+        ]
+        ready = dual.normalized(CONTINUOUS, energy, (2,), KEY)
+        x_1, log_snr = noised(CONTINUOUS, KEY, 16, THREE, 0.0)
+        return found, dual.log_density(CONTINUOUS, ready, x_1), -raw(x_1, log_snr)
+
+    found, density, expected = all_of()
+    for value, error in zip(found, (2e-3, 0.03), strict=True):
+        assert value.standard_error < error
+        close(value.value, 7.5, atol=4 * value.standard_error)
+    close(density, expected, atol=0.01)
 
 
 def test_bits_per_dim_and_denoiser_are_those_of_the_flow():
     """Of the exact energy, by one evaluation, against the ODE with the exact trace; same key."""
-    x_0 = jnp.round((draws(KEY, 5, THREE) + 1) * 127.5) / 127.5 - 1
-    denoise = dual.denoiser(TABLE, exact(THREE))
-    by_ode = flow.dequantised_bits_per_dim(TABLE, denoise, x_0, KEY, exact_trace=True)
-    close(
-        dual.dequantised_bits_per_dim(TABLE, exact(THREE), x_0, KEY), by_ode.bits_per_dim, atol=2e-3
-    )
+    energy = exact(THREE)
+
+    @jax.jit
+    def both():
+        x_0 = jnp.round((draws(KEY, 5, THREE) + 1) * 127.5) / 127.5 - 1
+        denoise = dual.denoiser(TABLE, energy)
+        by_ode = flow.dequantised_bits_per_dim(TABLE, denoise, x_0, KEY, exact_trace=True)
+        return dual.dequantised_bits_per_dim(TABLE, energy, x_0, KEY), by_ode.bits_per_dim
+
+    found, by_ode = both()
+    close(found, by_ode, atol=2e-3)
 
 
 def test_base_is_the_exact_energy_of_gaussian_data():
-    x_t, log_snr = noised(CONTINUOUS, KEY, 9, THREE, 0.3)
     single = np.ones(1), np.zeros((1, 2)), 0.4
-    close(dual.gaussian(0.4)(x_t, log_snr), exact(single)(x_t, log_snr), rtol=1e-5)
-    _, gradient = target(lambda x: -dual.gaussian(0.4)(x, log_snr))(x_t)
-    close(dual.derivatives(dual.gaussian(0.4), x_t, log_snr).eps,
-          -jnp.sqrt(jax.nn.sigmoid(-log_snr))[:, None] * gradient, rtol=1e-5)  # fmt: skip
+
+    @jax.jit
+    def all_of():
+        x_t, log_snr = noised(CONTINUOUS, KEY, 9, THREE, 0.3)
+        base = dual.gaussian(0.4)
+        return dual.derivatives(base, x_t, log_snr), dual.derivatives(exact(single), x_t, log_snr)
+
+    jax.tree.map(lambda a, b: close(a, b, rtol=1e-4, atol=1e-5), *all_of())
 
 
 # --- Trained
@@ -257,18 +277,25 @@ def energies():
     return [dual.normalized(CONTINUOUS, e, (2,), jax.random.key(3)) for e in found]
 
 
-@pytest.mark.parametrize("t", [0.0, 0.3, 0.6, 1.0])
-def test_trained_log_density_is_right_to_a_tenth_of_a_nat(energies, t):
+def test_trained_log_density_is_right_to_a_tenth_of_a_nat(energies):
     """On data held out, at every noise level, normalisation included: over a grid it sums to 1."""
     axis = jnp.linspace(-4, 4, 161)
     grid = jnp.stack(jnp.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
-    for energy, of in zip(energies, (A, B), strict=True):
-        x_t, log_snr = noised(CONTINUOUS, jax.random.key(9), 4000, of, t)
-        error = np.asarray(exact(of)(x_t, log_snr) - energy(x_t, log_snr))
-        assert np.abs(error).mean() < 0.1
-        assert abs(error.mean()) < 0.06
-        total = jnp.exp(-energy(grid, jnp.full(len(grid), log_snr[0]))).sum() * 0.05**2
-        close(total, 1, atol=0.06)
+
+    @jax.jit
+    def at(t):
+        found = []
+        for energy, of in zip(energies, (A, B), strict=True):
+            x_t, log_snr = noised(CONTINUOUS, jax.random.key(9), 4000, of, t)
+            total = jnp.exp(-energy(grid, jnp.full(len(grid), log_snr[0]))).sum() * 0.05**2
+            found.append((exact(of)(x_t, log_snr) - energy(x_t, log_snr), total))
+        return found
+
+    for t in (0.0, 0.3, 0.6, 1.0):
+        for error, total in at(t):
+            assert np.abs(error).mean() < 0.1, t
+            assert abs(error.mean()) < 0.06, t
+            close(total, 1, atol=0.06)
 
 
 def test_two_trained_energies_tell_a_mixtures_weights(energies):
