@@ -10,6 +10,7 @@ ddpm.show(model.sample(jax.random.key(0), 16))
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ddpm import energy
 from ddpm.diffusion import (
     continuous,
     flow,
@@ -39,6 +40,7 @@ from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser, 
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.streams import sample_keys
 from ddpm.models.dit import DiT
+from ddpm.models.energy import EnergyNetwork
 from ddpm.models.unet import UNet
 from ddpm.sampling import editing, grids, guidance, langevin, mcmc
 from ddpm.sampling.adaptive import probability_flow
@@ -57,6 +59,7 @@ __all__ = [
     "Chain",
     "Denoiser",
     "DiT",
+    "EnergyNetwork",
     "Gaussian",
     "NoiseSchedule",
     "Prediction",
@@ -74,6 +77,7 @@ __all__ = [
     "denoiser",
     "dpm_solver",
     "editing",
+    "energy",
     "euler",
     "fixed_large",
     "fixed_small",

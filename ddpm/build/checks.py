@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ddpm.build.data import BROKEN_IMAGES, ON_DEVICE
-from ddpm.build.network import DTYPES, NETWORKS, NOISE_INPUTS, TIME_FEATURES, UP_DOWN
+from ddpm.build.network import DTYPES, ENERGIES, NETWORKS, NOISE_INPUTS, TIME_FEATURES, UP_DOWN
 from ddpm.build.objective import EMAS, LOSSES, PREDICTIONS, TIMES, WEIGHTS, check_objective
 from ddpm.build.sampler import GRIDS, SAMPLERS, check_sampling
 from ddpm.build.schedule import SCHEDULES, noise_schedule
@@ -25,6 +25,7 @@ CHOICES: dict[str, Collection[str]] = {
     "data.broken_images": BROKEN_IMAGES,
     "data.on_device": ON_DEVICE,
     "model.name": NETWORKS,
+    "model.energy": ENERGIES,
     "model.up_down": UP_DOWN,
     "model.time_features": TIME_FEATURES,
     "model.dtype": DTYPES,

@@ -80,6 +80,32 @@ def held_out(config: ConfigDict) -> Source | None:
         ) from error
 
 
+def foreign(config: ConfigDict, image_shape: tuple[int, int, int]) -> Source:
+    """Returns the data set that config.evaluation.foreign names, its held-out split (or 'test'),
+    cropped and resized to the images' shape. Raises InputError for one that has another number of
+    channels, or no name."""
+    name = config.evaluation.foreign
+    if name in ("folder", "npz"):
+        raise InputError(
+            f"config.evaluation.foreign = {name!r}: must be 'digits' or an image set of tfds"
+        )
+    other, size = config.copy_and_resolve_references(), image_shape[:2]
+    path = "" if config.data.name in ("folder", "npz") else config.data.path
+    split = config.evaluation.split or "test"
+    other.data.update(name=name, path=path, split=split, image_size=size)
+    try:
+        digits = name == "digits"
+        found = sources.resized(sources.digits(split), size) if digits else source(other)
+    except InputError as error:
+        raise InputError(f"{error} (of config.evaluation.foreign = {name!r})") from error
+    if found.image_shape[2] != image_shape[2]:
+        raise InputError(
+            f"config.evaluation.foreign = {name!r}: its images have {found.image_shape[2]} "
+            f"channels, the model's {image_shape[2]}: name another set"
+        )
+    return found
+
+
 def check_labels(config: ConfigDict, source: Source) -> None:
     """Raises InputError for a model with labels where the data have none, or other classes."""
     wanted, there = config.model.num_classes, source.num_classes

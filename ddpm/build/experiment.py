@@ -18,9 +18,10 @@ from ddpm.build.schedule import noise_schedule
 from ddpm.build.variance import reverse_variance
 from ddpm.diffusion import continuous
 from ddpm.diffusion.network_inputs import DenoiserFromEstimate, Prepare, averaged
-from ddpm.diffusion.predictions import Denoiser, clipped, thresholded
+from ddpm.diffusion.predictions import Denoiser, Network, clipped, thresholded
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.variances import ReverseVariance
+from ddpm.energy import dual
 from ddpm.errors import InputError
 from ddpm.evaluation.shipped import log_probability
 from ddpm.sampling import samplers
@@ -28,7 +29,7 @@ from ddpm.sampling.generate import Generator
 from ddpm.sampling.guidance import classifier_free, classifier_guided, of_x_0
 from ddpm.sampling.samplers import Sampler
 from ddpm.training import ema, sharding
-from ddpm.training.objectives import LEARNED_SCHEDULE, Objective
+from ddpm.training.objectives import LEARNED_SCHEDULE, OFFSET, DualObjective, Objective
 from ddpm.training.optimizer import adam
 
 
@@ -162,6 +163,55 @@ class Experiment(NamedTuple):
             return self.objective.denoiser(network)
 
         return from_estimate
+
+    def energy(self, params: Any, label: jax.Array | None = None) -> Network:
+        """Returns the function (x_t, t) -> E [B] whose gradient by x_t is eps, at these weights.
+
+        Raises InputError for a network without an energy, or one that enlarges.
+        """
+        scalar = self._scalar(params, label)
+        seen: Network = network.NOISE_INPUTS[self.config.model.noise_input].make(
+            self.schedule, scalar
+        )
+        return seen
+
+    def raw_energy(self, params: Any) -> dual.Energy:
+        """Returns (x_t, log_snr [B]) -> -log q(x_t) in nats but for one number, [B], without label.
+
+        Raises InputError for a model that was not trained for it (`config.training.loss`).
+        """
+        if not isinstance(self.objective, DualObjective):
+            raise InputError(
+                f"config.training.loss = {self.config.training.loss!r}: the energy is not "
+                "normalised: train it with 'dual'"
+            )
+        return self.objective.energy(self._scalar(params, None), params[OFFSET])
+
+    def log_normalizer(self, params: Any, key: jax.Array) -> dual.Estimate:
+        """Returns that number, log Z, and its standard error, by samples of the key."""
+        return dual.log_normalizer(self.schedule, self.raw_energy(params), self.image_shape, key)
+
+    def _scalar(self, params: Any, label: jax.Array | None) -> Network:
+        """Returns the network's energy by its own input for the noise level."""
+        m = self.config.model
+        if m.energy == "none":
+            raise InputError(
+                "config.model.energy = 'none': the network is the gradient of no energy; train one "
+                "with config.model.energy = 'denoising'"
+            )
+        if m.low_resolution:
+            raise InputError(
+                f"config.model.low_resolution = {m.low_resolution}: the energy depends on the "
+                "images to enlarge, which are not given here: use model.sample"
+            )
+        given = conditioning.given(self.config, self.image_shape[:2], None, None)
+
+        def energy(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            more = given.arguments(len(x_t), None)
+            at = {"params": params}
+            return jnp.asarray(self.model.apply(at, x_t, t, label, **more, method="energy"))
+
+        return energy
 
     def _averaged(self, x_0: jax.Array | None) -> jax.Array | None:
         if x_0 is None or not self.config.model.low_resolution:

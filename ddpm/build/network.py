@@ -9,11 +9,22 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddpm.build import conditioning
-from ddpm.build.parts import NO_SIGNAL, PRECONDITIONED, SEES_LOG_SNR, Part
+from ddpm.build.parts import (
+    HALF_PRECISION,
+    HAS_ENERGY,
+    LEARNS_VARIANCE,
+    NO_SIGNAL,
+    PRECONDITIONED,
+    PREDICTS_EPS,
+    SEES_LOG_SNR,
+    SELF_CONDITIONED,
+    Part,
+)
 from ddpm.build.variance import learns_variance
 from ddpm.diffusion.predictions import conditioned_on_log_snr, noise_unconditional
 from ddpm.errors import InputError, first_line
 from ddpm.models.dit import DiT
+from ddpm.models.energy import EnergyNetwork, Form, denoising, inner_product, norm
 from ddpm.models.unet import UNet
 
 # make(schedule, network) -> the network of (x_t, t)
@@ -30,8 +41,39 @@ NOISE_INPUTS: dict[str, Part] = {
             PRECONDITIONED: "EDM's preconditioning has its own input for the noise: take 't'",
             NO_SIGNAL: "the network is given x_t/alpha_t, which is infinite at t = T, where the "
             "schedule leaves no signal: take 't'",
+            HAS_ENERGY: "the energy would be of x_t/alpha_t, and no longer -sigma_t log q(x_t): "
+            "take 't' or 'log_snr'",
         },
     ),
+}
+
+
+def _energy(form: Form) -> Part:
+    """Returns the part of an energy, by its form."""
+    return Part(
+        lambda network: EnergyNetwork(network, form),
+        facts={HAS_ENERGY},
+        needs={
+            PREDICTS_EPS: "the gradient of an energy is eps, and config.diffusion.prediction = "
+            "{diffusion_prediction}: take 'eps'"
+        },
+        excludes={
+            LEARNS_VARIANCE: "an energy is one number, without a place for the variance of "
+            "config.diffusion.variance = {diffusion_variance}: take 'fixed_large'",
+            SELF_CONDITIONED: "with its own estimate of x_0 as an input, eps would not be the "
+            "gradient of config.model.energy = {model_energy}: leave it off",
+            HALF_PRECISION: "the gradient of config.model.energy = {model_energy} passes through "
+            "all layers, whose rounding would be noise in eps: take 'float32'",
+        },
+    )
+
+
+# make(network) -> the network whose output is the energy's gradient, or as it was
+ENERGIES: dict[str, Part] = {
+    "none": Part(lambda network: network),
+    "denoising": _energy(denoising),
+    "inner_product": _energy(inner_product),
+    "norm": _energy(norm),
 }
 DTYPES = ("float32", "bfloat16")
 UP_DOWN = {"conv": False, "resblock": True}  # whether blocks resample within
@@ -86,7 +128,8 @@ NETWORKS: dict[str, Part] = {"unet": Part(unet), "dit": Part(dit)}
 def network(config: ConfigDict, image_shape: tuple[int, int, int]) -> nn.Module:
     """Returns the network of config.model; raises InputError, before anything is computed, if it
     cannot be built."""
-    model = NETWORKS[config.model.name].make(config, image_shape)
+    plain = NETWORKS[config.model.name].make(config, image_shape)
+    model: nn.Module = ENERGIES[config.model.energy].make(plain)
     check_model(model, image_shape)
     return model
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddpm.build import parts
-from ddpm.build.network import NOISE_INPUTS
+from ddpm.build.network import ENERGIES, NOISE_INPUTS
 from ddpm.build.parts import Part
 from ddpm.build.schedule import SCHEDULES, schedule_facts
 from ddpm.build.variance import VARIANCES, decoder_variance
@@ -18,9 +18,11 @@ from ddpm.diffusion.gaussian import expand_like
 from ddpm.diffusion.losses import Target
 from ddpm.diffusion.predictions import Denoiser, Network, Parameterization, Prediction
 from ddpm.diffusion.schedules import NoiseSchedule
+from ddpm.energy import dual
 from ddpm.training import ema
 from ddpm.training.objectives import (
     Draw,
+    DualObjective,
     GaussianObjective,
     LearnedScheduleObjective,
     Loss,
@@ -57,7 +59,8 @@ def _prediction(parameterization: Parameterization, target: Target) -> Part:
             "it is of whole times, and the flow's are not: leave 'flow' out of "
             "config.evaluation.parts"
         )
-    return Part(Meaning(parameterization, target), excludes=excludes)
+    facts = {parts.PREDICTS_EPS} if parameterization is predictions.from_eps else set()
+    return Part(Meaning(parameterization, target), facts, excludes=excludes)
 
 
 PREDICTIONS: dict[str, Part] = {
@@ -179,6 +182,28 @@ LOSSES: dict[str, Part] = {
         facts={parts.BOUND, parts.CONTINUOUS, parts.FRACTIONAL, parts.EVEN_TIMES},
         excludes=_INTEGRAL["excludes"],
     ),
+    "dual": Part(  # loss(energy, x_0, t, eps), of an energy by its log-SNR
+        lambda config, schedule: functools.partial(
+            dual.loss, schedule, time_weight=config.training.time_weight
+        ),
+        facts={parts.FRACTIONAL, parts.DUAL},
+        needs={
+            parts.HAS_ENERGY: parts.Blame(
+                "model.energy",
+                "config.training.loss = 'dual' fits both derivatives of an energy: take "
+                "'denoising', or another loss",
+            ),
+            parts.SEES_LOG_SNR: parts.Blame(
+                "model.noise_input",
+                "config.training.loss = 'dual' differentiates the energy by the log-SNR: take "
+                "'log_snr'",
+            ),
+        },
+        excludes={
+            parts.ONE_LEVEL: "an energy is normalised from one noise level to another, and the "
+            "schedule has one",
+        },
+    ),
 }
 
 _UNEVEN = {
@@ -261,8 +286,11 @@ def objective(config: ConfigDict, schedule: NoiseSchedule) -> Objective:
     loss, times = LOSSES[t.loss], TIMES[t.times]
     fractional = parts.FRACTIONAL in loss.facts
 
-    def at(levels: Any, draw: Draw, history: Any = ()) -> GaussianObjective:
+    def at(levels: Any, draw: Draw, history: Any = ()) -> Any:
         read, loss_at = _denoiser(config, levels), loss.make(config, levels)
+        if parts.DUAL in loss.facts:
+            first, last = (float(levels.at(end).high) for end in levels.ends)
+            return DualObjective(read, draw, loss_at, num_steps, (first, last))
         return GaussianObjective(read, draw, loss_at, num_steps, history, t.self_conditioning)
 
     if parts.IS_LEARNED not in SCHEDULES[config.diffusion.schedule].facts:
@@ -321,6 +349,7 @@ def chosen_parts(config: ConfigDict) -> dict[str, tuple[Any, Part]]:
     """Returns the parts that training is made of, by the config's keys."""
     registries = {
         "diffusion.prediction": PREDICTIONS,
+        "model.energy": ENERGIES,
         "model.noise_input": NOISE_INPUTS,
         "diffusion.schedule": SCHEDULES,
         "diffusion.variance": VARIANCES,
@@ -339,5 +368,9 @@ def check_objective(config: ConfigDict, schedule: NoiseSchedule | None = None) -
 
     Without the schedule, only for those that never do.
     """
-    facts = {} if schedule is None else schedule_facts(config, schedule)
+    facts = {} if schedule is None else dict(schedule_facts(config, schedule))
+    if config.model.dtype != "float32":
+        facts[parts.HALF_PRECISION] = "model.dtype"
+    if config.training.self_conditioning:
+        facts[parts.SELF_CONDITIONED] = "training.self_conditioning"
     parts.check(config, chosen_parts(config), facts)

@@ -23,6 +23,10 @@ CLOSELY_SPACED = "has its first level as close to the next as any other: a wide 
 # Facts of a network and of what its output means.
 SEES_LOG_SNR = "the network sees the log-SNR"
 PRECONDITIONED = "the network is preconditioned, x_0 alone"
+HAS_ENERGY = "the network is the gradient of an energy"
+PREDICTS_EPS = "the network predicts eps"
+HALF_PRECISION = "the network computes in bfloat16"
+SELF_CONDITIONED = "the network sees its own estimate of x_0"
 LEARNS_VARIANCE = "the reverse variance is learned"
 # Facts of a loss, and of how its times are drawn.
 SQUARED = "a squared error that can be weighted"
@@ -32,6 +36,7 @@ TRAINS_VARIANCE = "the reverse variance is trained"
 HAS_VARIANCE = "a fixed reverse variance makes a difference"
 EVEN_TIMES = "an integral over evenly drawn times"
 CODES_DATA = "a decoder of 8-bit data"
+DUAL = "the energy is normalised"
 FRACTIONAL = "times between the whole ones, in training"
 # Facts of sampling.
 SKIPS = "steps longer than from t to t - 1, with a reverse variance"

@@ -65,6 +65,12 @@ _FLOW = Part(
         "log-SNR: leave 'flow' out of config.evaluation.parts"
     },
 )
+_ENERGY = Part(
+    needs={
+        parts.DUAL: "the energy is normalised by config.training.loss = 'dual' alone, not "
+        "{training_loss}: leave 'energy' out of config.evaluation.parts"
+    },
+)
 _CLASSIFIER = Part(
     excludes={
         parts.NO_SIGNAL: "the schedule leaves no signal at t = T, of which a classifier has "
@@ -136,6 +142,16 @@ def check_flow(config: ConfigDict, schedule: NoiseSchedule) -> None:
     """Raises InputError for a model that has no probability flow, and so no likelihood by it."""
     chosen = chosen_parts(config) | {"evaluation.parts": ("flow", _FLOW)}
     parts.check(config, chosen, schedule_facts(config, schedule))
+
+
+def check_energy(config: ConfigDict) -> None:
+    """Raises InputError for a model without a normalised energy, or whose energy is conditioned."""
+    if config.model.low_resolution:
+        raise InputError(
+            f"config.model.low_resolution = {config.model.low_resolution}: the energy depends on "
+            "the images to enlarge: leave 'energy' out of config.evaluation.parts"
+        )
+    parts.check(config, chosen_parts(config) | {"evaluation.parts": ("energy", _ENERGY)})
 
 
 def sampler_name(config: ConfigDict, schedule: NoiseSchedule, variance: ReverseVariance) -> str:

@@ -6,9 +6,10 @@ values, `combinations` the keys that must agree, the registries in `ddpm.build` 
 
 from ml_collections import ConfigDict
 
-PARTS = ("bound", "flow", "distances", "neighbours", "pictures")  # of --mode=evaluate
+PARTS = ("bound", "flow", "distances", "neighbours", "pictures", "energy")  # of --mode=evaluate
+OF_ANY = PARTS[:-1]  # those of models without a normalised energy too
 TASKS = ("vary", "inpaint", "interpolate", "reconstruct")  # of --mode=edit
-WITHOUT_FLOW = tuple(part for part in PARTS if part != "flow")  # for models without one
+WITHOUT_FLOW = tuple(part for part in OF_ANY if part != "flow")  # for models without one
 
 
 def default() -> ConfigDict:
@@ -30,6 +31,8 @@ def default() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.name = "unet"  # or "dit", a transformer
+    # The scalar whose gradient by x is the output: "denoising", "inner_product" or "norm".
+    config.model.energy = "none"
     config.model.channels = 128
     config.model.channel_multipliers = (1, 2, 2, 2)
     config.model.num_res_blocks = 2
@@ -93,6 +96,7 @@ def default() -> ConfigDict:
     config.training.min_snr_gamma = 5.0
     config.training.sigmoid_bias = 0.0
     config.training.huber_delta = 1.0
+    config.training.time_weight = 1.0  # for 'dual': of the error in the noise level's derivative
     config.training.times = "uniform"  # how t is drawn
     config.training.ema = "constant"  # or 'warm_up' to ema_decay, 'half_life', 'power'
     config.training.ema_decay = 0.9999
@@ -172,12 +176,13 @@ def default() -> ConfigDict:
     config.comparison.seed = 0
 
     config.evaluation = ConfigDict()
-    config.evaluation.parts = PARTS
+    config.evaluation.parts = OF_ANY
     config.evaluation.split = "test"  # held out; '': none
     config.evaluation.path = ""  # the held-out folder or .npz, if it is another
     config.evaluation.batch_size = 250
     config.evaluation.bound_times = 20  # terms drawn per image; 0: all T
-    config.evaluation.bound_images = 0  # the first n of each split; 0: all
+    config.evaluation.bound_images = 0  # the first n of each split, for 'energy' too; 0: all
+    config.evaluation.foreign = ""  # for 'energy': 'digits' or a set of tfds, resized; '': none
     config.evaluation.flow_images = 256  # the first n held-out images, or without any of training
     config.evaluation.flow_tolerance = 1e-5
     config.evaluation.flow_exact_trace = False

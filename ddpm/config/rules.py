@@ -167,6 +167,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "training.min_snr_gamma": _POSITIVE,
     "training.sigmoid_bias": _FINITE,
     "training.huber_delta": _POSITIVE,
+    "training.time_weight": _NOT_NEGATIVE,
     "training.ema_decay": _FRACTION,
     "training.label_dropout": _FRACTION,
     "training.augmentation": (lambda v: 0 <= v <= 1, "a probability in [0, 1]"),

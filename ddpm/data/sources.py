@@ -4,6 +4,7 @@ digits and npz make sources; so do folder and tfds, in modules of their own.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 
 from ddpm.data import cache
-from ddpm.data.images import Transparency
+from ddpm.data.images import Transparency, crop_and_resize
 from ddpm.errors import InputError, first_line, listed
 from ddpm.files.arrays import npz_headers, read_npz
 from ddpm.files.progress import doing
@@ -99,6 +101,16 @@ def digits(split: str = "all") -> ArraySource:
         raise InputError(f"digits has no split {split!r}: choose one of {', '.join(splits)}")
     pixels = np.rint(image[splits[split], :, :, None] * (255 / 16)).astype(np.uint8)
     return ArraySource(pixels, label[splits[split]].astype(np.int32), 10)
+
+
+def resized(source: ArraySource, size: tuple[int, int]) -> ArraySource:
+    """Returns the images cropped and resized to (height, width), as `crop_and_resize` does."""
+    images = []
+    for image in source.image:
+        flat = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        images.append(np.asarray(crop_and_resize(flat, size), np.uint8))
+    found = np.stack(images).reshape(len(images), *size, -1)
+    return dataclasses.replace(source, image=found)
 
 
 def npz(path: str | Path, split: str = "") -> ArraySource:

@@ -212,6 +212,24 @@ def _with_trace(
     return value, jax.lax.map(diagonal, jnp.arange(dimensions)).mean(axis=0)
 
 
+def dequantised(
+    schedule: NoiseSchedule, x_0: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns x_1 = alpha_1 (x_0 + u), u uniform over an 8-bit value's bin, from keys [B]; and log
+    alpha_1."""
+    draw = jax.vmap(
+        lambda key: jax.random.uniform(
+            jax.random.fold_in(key, streams.FLOW_NOISE),
+            x_0.shape[1:],
+            jnp.float32,
+            minval=-HALF_BIN,
+            maxval=HALF_BIN,
+        )
+    )
+    log_alpha = -0.5 * jax.nn.softplus(-schedule.log_snr[1])
+    return jnp.exp(log_alpha) * (x_0 + draw(keys)), log_alpha
+
+
 def dequantised_bits_per_dim(
     schedule: NoiseSchedule,
     denoiser: Denoiser,
@@ -229,23 +247,9 @@ def dequantised_bits_per_dim(
       key: one key or B; draws u and the probe.
     """
     x_0, keys = check_scaled(x_0), keys_per_example(key, len(x_0))
-    draw = jax.vmap(
-        lambda key: jax.random.uniform(
-            jax.random.fold_in(key, streams.FLOW_NOISE),
-            x_0.shape[1:],
-            jnp.float32,
-            minval=-HALF_BIN,
-            maxval=HALF_BIN,
-        )
-    )
-    log_alpha = -0.5 * jax.nn.softplus(-schedule.log_snr[1])
-    flow = log_density(
-        schedule,
-        denoiser,
-        jnp.exp(log_alpha) * (x_0 + draw(keys)),
-        None if exact_trace else keys,
-        tolerance=tolerance,
-    )
+    x_1, log_alpha = dequantised(schedule, x_0, keys)
+    probe = None if exact_trace else keys
+    flow = log_density(schedule, denoiser, x_1, probe, tolerance=tolerance)
     nats = -flow.log_density / x_0[0].size - log_alpha - jnp.log(2 * HALF_BIN)
     return FlowBits(nats * BITS_PER_NAT, flow.evaluations)
 

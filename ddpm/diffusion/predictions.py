@@ -130,12 +130,11 @@ def denoiser(
 def conditioned_on_log_snr(schedule: Schedule, network: Network) -> Network:
     """Conditions the network on the log-SNR in place of t, as 25 (20 - log_snr).
 
-    That is in 0..1000 for a log-SNR from 20 to -20, and the nearer end beyond: on one scale for all
-    schedules, also for one that is learned. `preconditioned` has its own.
+    On one scale for all schedules, also for one that is learned. `preconditioned` has its own.
     """
 
     def conditioned(x_t: jax.Array, t: jax.Array) -> jax.Array:
-        return network(x_t, 25 * (20 - jnp.clip(schedule.at(t).high, -20, 20)))
+        return network(x_t, log_snr_input(schedule.at(t).high))
 
     return conditioned
 
@@ -155,6 +154,12 @@ def noise_unconditional(schedule: Schedule, network: Network) -> Network:
         return network(y, jnp.zeros_like(t))
 
     return unconditional
+
+
+def log_snr_input(log_snr: jax.Array) -> jax.Array:
+    """Returns what a network sees of a log-SNR in the place of t: 0..1000 for 20..-20, and the
+    nearer end beyond."""
+    return 25 * (20 - jnp.clip(log_snr, -20, 20))
 
 
 def preconditioned(schedule: Schedule, network: Network, *, sigma_data: float = 0.5) -> Denoiser:

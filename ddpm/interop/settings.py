@@ -48,6 +48,7 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
 # Of config.model: what diffusers has no word for, and how every network of its is.
 _PLAIN: dict[str, Any] = {
     "name": "unet",
+    "energy": "none",
     "up_down": "conv",
     "skip_scale": 1.0,
     "time_features": "sinusoids",

@@ -61,25 +61,38 @@ def _lifted(function: Callable[..., Any], uses: Callable[[str], bool] | None) ->
         # Traced once: a second trace would count on in flax's numbers of dropouts.
         compute, outer = jax.closure_convert(compute, used, rngs, arrays)
 
-        @jax.custom_vjp
-        def kept(variables: Any, rngs: Any, arrays: Any, outer: Any) -> Any:
+        def within(rngs: Any, variables: Any, arrays: Any, outer: Any) -> Any:
             return compute(variables, rngs, arrays, *outer)
 
-        def forward(*inputs: Any) -> Any:
-            return compute(*inputs[:-1], *inputs[-1]), inputs
-
-        def backward(inputs: Any, cotangent: Any) -> Any:
-            def gradient(variables: Any, rngs: Any, arrays: Any, outer: Any, cotangent: Any) -> Any:
-                at = lambda variables, arrays, outer: compute(variables, rngs, arrays, *outer)  # noqa: E731
-                return jax.vjp(at, variables, arrays, outer)[1](cotangent)
-
-            of_variables, *others = late(gradient, *inputs, cotangent)
-            return of_variables, None, *others
-
-        kept.defvjp(forward, backward)
-        return kept(used, rngs, arrays, outer)
+        return keeping_inputs(within)(rngs, used, arrays, outer)
 
     return pack(inner, (True,), (True,), (True,), name="remat", enable_kwargs=True)
+
+
+def keeping_inputs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns function(rngs, *inputs) that keeps no more than its arguments for the backward pass.
+
+    The backward pass itself is such a function too, so that derivatives of every order, as those of
+    an energy's gradient, take as little memory.
+    """
+
+    @jax.custom_vjp
+    def kept(rngs: Any, *inputs: Any) -> Any:
+        return function(rngs, *inputs)
+
+    def forward(rngs: Any, *inputs: Any) -> Any:
+        return kept(rngs, *inputs), (rngs, inputs)
+
+    def backward(given: Any, cotangent: Any) -> Any:
+        def gradient(rngs: Any, *inputs: Any) -> Any:
+            *at, cotangent = inputs
+            return jax.vjp(functools.partial(function, rngs), *at)[1](cotangent)
+
+        rngs, inputs = given
+        return None, *late(keeping_inputs(gradient), rngs, *inputs, cotangent)
+
+    kept.defvjp(forward, backward)
+    return kept
 
 
 def late(gradient: Callable[..., Any], *given: Any) -> Any:

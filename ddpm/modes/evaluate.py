@@ -19,7 +19,7 @@ from ddpm.files.atomic import check_writable, write_atomically
 from ddpm.files.progress import doing, say
 from ddpm.modes.inputs import with_small_images
 from ddpm.modes.loading import RUN_ON, announce, load_run
-from ddpm.modes.measures import chains, fidelity, likelihoods
+from ddpm.modes.measures import chains, energies, fidelity, likelihoods
 from ddpm.modes.measures.about import about_run, sample_grid
 from ddpm.modes.measures.job import prepare
 
@@ -34,6 +34,7 @@ _MEASURES = dict(
             fidelity.distances_to_data,
             fidelity.neighbours,
             chains.pictures_of_chains,
+            energies.energies,
         ),
         strict=True,
     )

@@ -21,6 +21,7 @@ from ddpm.config.same_run import saved_config
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.streams import sample_keys
+from ddpm.diffusion.times import as_times
 from ddpm.errors import InputError
 from ddpm.modes.inputs import by, with_small_images
 from ddpm.modes.loading import Run, load_run, with_variance
@@ -80,6 +81,21 @@ class Model:
                 "model.sample(key, n, low_resolution_images=FOLDER)"
             )
         return self._run.built.steered_denoiser(self.params)
+
+    def energy(
+        self, x_t: jax.Array, t: jax.typing.ArrayLike, label: int | None = None
+    ) -> jax.Array:
+        """Computes the energy E(x_t, t), whose gradient by x_t is eps: [B, H, W, C], t [B] or one
+        for all -> float32[B]. Of a class, where the model has labels, or of none.
+
+        -E / sigma_t is log q(x_t) in nats, but for a constant of t (`ddpm.energy.density`). Raises
+        InputError for a model without an energy (config.model.energy = 'none'), or one that
+        enlarges.
+        """
+        given = None if label is None else jnp.full(1, label, jnp.int32)
+        energy = self._run.built.energy(self.params, given)
+        t = jnp.broadcast_to(as_times(self.schedule.ends, t), x_t.shape[:1])
+        return energy(x_t, t)
 
     def sample(
         self,

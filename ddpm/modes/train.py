@@ -43,6 +43,7 @@ from ddpm.training.checkpoints import Checkpoints, NotWritten, saved_meta
 from ddpm.training.dispatch import dispatches
 from ddpm.training.logbook import Logbook
 from ddpm.training.loop import Callback, Progress, every, run
+from ddpm.training.objectives import LEARNED_SCHEDULE
 from ddpm.training.profiling import profiled
 from ddpm.training.state import NUM_BUCKETS, Metrics, TrainState
 from ddpm.training.step import TrainStep
@@ -235,7 +236,7 @@ def _drawing(
 ) -> Callback:
     """Draws a grid of samples; none if a signal comes before the last batch of them."""
     s = built.config.sampling
-    learns_schedule = bool(built.objective.schedule_parameters())
+    learns_schedule = LEARNED_SCHEDULE in built.objective.schedule_parameters()
 
     @functools.cache
     def fixed_generator() -> Generator:

@@ -7,7 +7,7 @@ and a loss of `diffusion.losses`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from ddpm.diffusion import continuous, losses, streams, timesteps
 from ddpm.diffusion.continuous import Levels, MonotoneLogSNR
 from ddpm.diffusion.network_inputs import self_conditioned_by
-from ddpm.diffusion.predictions import Denoiser, Network, denoiser
+from ddpm.diffusion.predictions import Denoiser, Network, denoiser, log_snr_input
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.streams import StepKey
+from ddpm.energy import dual
 
 LEARNED_SCHEDULE = "log_snr"  # the key of its parameters, next to the network's, in one tree
+OFFSET = "energy_offset"  # as that, of an energy's
 
 # (history, key, batch_size) -> t [B], and the losses' factors in their mean, or None
 Draw = Callable[[Any, jax.Array, int], tuple[jax.Array, jax.Array | None]]
@@ -221,6 +223,69 @@ class LearnedScheduleObjective(NamedTuple):
     def schedule_parameters(self) -> dict[str, Any]:
         """Returns the schedule's parameters as they begin, at their place."""
         return {LEARNED_SCHEDULE: self.begin._asdict()}
+
+
+class DualObjective(NamedTuple):
+    """The objective of a network whose output is the gradient of an energy, with the energy's
+    derivative in the noise level (`energy.dual`).
+
+    loss_at(energy, x_0, t, eps) is [B], of an energy by its log-SNR. The offset's slopes, float32
+    [num_rates], are learned over the log-SNR between `ends`, (first, last). The others are as in
+    `GaussianObjective`.
+    """
+
+    denoiser: Callable[[Network], Denoiser]
+    draw: Draw
+    loss_at: Callable[[dual.Energy, jax.Array, jax.Array, jax.Array], jax.Array]
+    num_steps: int
+    ends: tuple[float, float]
+    num_rates: int = 32
+    history: Any = ()
+
+    def energy(self, scalar: dual.Energy, offset: Mapping[str, jax.Array]) -> dual.Energy:
+        """Returns U(x, log_snr), not normalised, of scalar(x, the network's input for the log-SNR)
+        and the offset's parameters."""
+
+        def of_log_snr(x_t: jax.Array, log_snr: jax.Array) -> jax.Array:
+            return scalar(x_t, log_snr_input(log_snr))
+
+        return dual.of_gradient(of_log_snr, offset["rates"], self.ends)
+
+    def loss(
+        self, network: Any, x_0: jax.Array, key: jax.Array | StepKey, history: Any = ()
+    ) -> Losses:
+        """Returns the losses by the offset as it begins."""
+        return self._loss(network, self.schedule_parameters()[OFFSET], x_0, key, history)
+
+    def _loss(self, network: Any, offset: Any, x_0: jax.Array, key: Any, history: Any) -> Losses:
+        t, factor = times(self.draw, history, key, len(x_0))
+        energy = self.energy(functools.partial(network, method="energy"), offset)
+        return Losses(self.loss_at(energy, x_0, t, noise_like(x_0, key)), t, factor)
+
+    def gradient(
+        self,
+        network: Callable[[Any], Network],
+        params: Any,
+        x_0: jax.Array,
+        key: jax.Array | StepKey,
+        history: Any = (),
+    ) -> tuple[jax.Array, Losses, Any]:
+        """Returns the mean loss, its parts, and the gradient by the network and the offset."""
+
+        def mean(params: Any) -> tuple[jax.Array, Losses]:
+            found = self._loss(network(params), params[OFFSET], x_0, key, history)
+            return found.mean(), found
+
+        (loss, found), grads = jax.value_and_grad(mean, has_aux=True)(params)
+        return loss, found, grads
+
+    def record(self, history: Any, found: Losses) -> Any:
+        """Returns the history as it is: none is kept."""
+        return history
+
+    def schedule_parameters(self) -> dict[str, Any]:
+        """Returns the offset's slopes as they begin, at their place."""
+        return {OFFSET: {"rates": jnp.zeros(self.num_rates, jnp.float32)}}
 
 
 def simple(schedule: NoiseSchedule) -> GaussianObjective:

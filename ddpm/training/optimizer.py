@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from ddpm.training.objectives import LEARNED_SCHEDULE
+from ddpm.training.objectives import LEARNED_SCHEDULE, OFFSET
 
 
 def adam(
@@ -20,7 +20,8 @@ def adam(
     """Returns Adam (0.9, b2, 1e-8) with a linear warm-up from 0 and the gradient's norm clipped.
 
     With `weight_decay`, AdamW: every step takes this part, times the learning rate, off the
-    network's weights, but not off biases (as Kingma et al. 2021) or a learned schedule.
+    network's weights, but not off biases (as Kingma et al. 2021), a learned schedule or an energy's
+    offset.
     `moments_dtype` is of the first moment; the second is float32, for its decay is too slow for
     fewer bits.
     (The authors clip each replica's gradient and then average; with one replica it is the same.)
@@ -37,7 +38,10 @@ def adam(
 
     def decays(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: path[0].key != LEARNED_SCHEDULE and path[-1].key != "bias", params
+            lambda path, _: (
+                path[0].key not in (LEARNED_SCHEDULE, OFFSET) and path[-1].key != "bias"
+            ),
+            params,
         )
 
     return optax.chain(

@@ -125,16 +125,23 @@ def dropped(key: StepKey, labels: jax.Array, num_classes: int, probability: floa
 def training_network(
     model: nn.Module, key: StepKey, conditioning: Conditioning, conditions: tuple[jax.Array, ...]
 ) -> Callable[[Any], Callable[..., jax.Array]]:
-    """Returns params -> network(x_t, t, estimate=None), with dropout and its other inputs."""
+    """Returns params -> network(x_t, t, estimate=None), with dropout and its other inputs; `method`
+    names another of the module's than its call."""
     dropout = streams.draw(key, streams.DROPOUT)
     if key.parts > 1:
         dropout = jax.random.fold_in(dropout, key.part)
     rngs = {"dropout": dropout}
 
     def at(params: Any) -> Callable[..., jax.Array]:
-        def network(x_t: jax.Array, t: jax.Array, estimate: jax.Array | None = None) -> jax.Array:
+        def network(
+            x_t: jax.Array,
+            t: jax.Array,
+            estimate: jax.Array | None = None,
+            method: str | None = None,
+        ) -> jax.Array:
             how: Any = {"train": True, "rngs": rngs} | conditioning.arguments(len(x_t), estimate)
-            return jnp.asarray(model.apply({"params": params}, x_t, t, *conditions, **how))
+            at = {"params": params}
+            return jnp.asarray(model.apply(at, x_t, t, *conditions, **how, method=method))
 
         return network
 

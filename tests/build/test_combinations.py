@@ -187,6 +187,24 @@ def configured(**values):
             r"config.diffusion: num_steps = 1: must be a whole number >= 2",
         ),
         (
+            {"model__energy": "norm", "diffusion__prediction": "v"},
+            r"energy = 'norm': the gradient of an energy is eps, .*prediction = 'v': take 'eps'",
+        ),
+        ({"model__energy": "norm", "diffusion__prediction": "edm"}, r"prediction = 'edm': take"),
+        (
+            {"model__energy": "norm", "diffusion__variance": "learned_range",
+             "training__loss": "hybrid"},
+            r"energy = 'norm': an energy is one number, .*'learned_range': take 'fixed_large'",
+        ),
+        (
+            {"model__energy": "denoising", "training__self_conditioning": True},
+            r"self_conditioning = True: with its own estimate .*energy = 'denoising': leave it off",
+        ),
+        (
+            {"model__energy": "denoising", "model__dtype": "bfloat16"},
+            r"config.model.dtype = 'bfloat16': the gradient .*take 'float32'",
+        ),
+        (
             LEARNED | {"training__augmentation": 0.1},
             r"augmentation = 0.1: .*decoder of a learned schedule codes: take another",
         ),
@@ -211,6 +229,9 @@ def test_what_goes_together_is_not_refused():
          "training__loss_weight": "min_snr", "training__times": "importance"},
         LEARNED | {"diffusion__prediction": "v", "training__times": "low_discrepancy"},
         LEARNED | {"diffusion__prediction": "edm", "model__noise_input": "t"},
+        LEARNED | {"model__energy": "inner_product"},
+        {"model__energy": "denoising", "training__loss": "bound",
+         "model__num_classes": 3},
     ):  # fmt: skip
         check_sampling(configured(**values), noise_schedule(configured(**values)))
         objective_of(configured(**values), noise_schedule(configured(**values)))
@@ -253,6 +274,9 @@ def test_what_diffusers_cannot_say_is_not_exported(tmp_path):
         built = build(configured(**values), (16, 16, 3))
         with pytest.raises(InputError, match="only networks that predict eps"):
             export(tmp_path / "out", built, {})
+    built = build(configured(model__energy="denoising"), (16, 16, 3))
+    with pytest.raises(InputError, match=r"model.energy = 'denoising': such a network can be"):
+        export(tmp_path / "out", built, {})
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
+from sklearn.metrics import roc_auc_score
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.model_selection import LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
@@ -205,3 +206,13 @@ def test_nearest_is_scikit_learns_in_any_batches():
     assert (found[0] == place[:, 0]).all()
     np.testing.assert_allclose(found[1], distance[:, 0], rtol=1e-9)
     assert (distances.nearest(x[:5], [x])[1] == 0).all()  # of copies
+
+
+@pytest.mark.parametrize("levels", [1000, 4, 1])  # few: with ties
+def test_roc_area_is_mann_and_whitneys(levels):
+    rng = np.random.default_rng(levels)
+    own, other = rng.integers(0, levels, 37), rng.integers(0, levels, 53) + levels // 4
+    statistic = scipy.stats.mannwhitneyu(other, own).statistic
+    np.testing.assert_allclose(distances.roc_area(own, other), statistic / (37 * 53), rtol=1e-12)
+    area = roc_auc_score(np.repeat([0, 1], [37, 53]), np.concatenate([own, other]))
+    np.testing.assert_allclose(distances.roc_area(own, other), area, rtol=1e-12)

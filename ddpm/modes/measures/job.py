@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ddpm.build.sampler import check_flow
+from ddpm.build.sampler import check_energy, check_flow
 from ddpm.data import sources
 from ddpm.data.images import check_image_shape
 from ddpm.data.pipeline import evaluation_batches
@@ -99,12 +99,14 @@ def check_parts(config: ConfigDict, schedule: NoiseSchedule, parts: Collection[s
     if "distances" in parts or "neighbours" in parts:
         _features(config)
     never = config.model.num_classes and config.training.label_dropout == 0
-    if never and {"bound", "flow"} & set(parts):
+    if never and {"bound", "flow", "energy"} & set(parts):
         raise InputError(
-            "the bound and the flow of a model with labels are those without label, which it never "
-            "learned (config.training.label_dropout = 0): leave 'bound' and 'flow' out of "
-            "config.evaluation.parts"
+            "the bound, the flow and the energy of a model with labels are those without label, "
+            "which it never learned (config.training.label_dropout = 0): leave 'bound', 'flow' and "
+            "'energy' out of config.evaluation.parts"
         )
+    if "energy" in parts:
+        check_energy(config)
     if "flow" in parts:
         check_flow(config, schedule)
 
