@@ -37,6 +37,7 @@ from ddpm.diffusion.gaussian import (
 from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser, thresholded
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.streams import sample_keys
+from ddpm.energy import composition, feynman_kac
 from ddpm.models.dit import DiT
 from ddpm.models.unet import UNet
 from ddpm.sampling import editing, grids, guidance, langevin, mcmc
@@ -68,12 +69,14 @@ __all__ = [
     "classifier_free",
     "classifier_guided",
     "clipped",
+    "composition",
     "continuous",
     "ddim",
     "denoiser",
     "dpm_solver",
     "editing",
     "euler",
+    "feynman_kac",
     "fixed_large",
     "fixed_small",
     "flow",
