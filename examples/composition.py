@@ -24,7 +24,9 @@ from ddpm.energy import composition, feynman_kac
 from ddpm.evaluation import distances
 
 schedule = ddpm.schedules.linear(1000)
-LEVELS = ddpm.grids.log_snr(schedule, 60, sigma_max=None)
+LEVELS = ddpm.grids.log_snr(schedule, 40, sigma_max=None)
+STEPS = ddpm.grids.log_snr(schedule, 500, sigma_max=None)  # of Feynman-Kac correctors
+POPULATION = 20_000  # theirs, of which n are taken: they are relatives
 TESTED = 2000  # samples of each set in the two-sample test
 
 
@@ -114,7 +116,7 @@ def reverse(key: jax.Array, parts: tuple[Mixture, Mixture], n: int) -> Drawn:
 
 
 def corrected(kernel: ddpm.mcmc.Kernel, steps: int) -> Method:
-    """Returns the method of so many MCMC steps at each of 60 levels, and DDIM between them."""
+    """Returns the method of so many MCMC steps at each of 40 levels, and DDIM between them."""
 
     def draw(key: jax.Array, parts: tuple[Mixture, Mixture], n: int) -> Drawn:
         log_density = composition.log_product([part.log_density for part in parts])
@@ -141,9 +143,11 @@ def corrected(kernel: ddpm.mcmc.Kernel, steps: int) -> Method:
 
 
 def weighted(key: jax.Array, parts: tuple[Mixture, Mixture], n: int) -> Drawn:
-    """Draws by Feynman-Kac correctors, all T steps."""
-    found = feynman_kac.sample(key, schedule, denoisers(parts), [1.0, 1.0], (n, 2))
-    return Drawn(found.x_0, found.effective_sizes.min() / n)
+    """Draws by Feynman-Kac correctors, 500 steps."""
+    found = feynman_kac.sample(
+        key, schedule, denoisers(parts), [1.0, 1.0], (POPULATION, 2), times=STEPS
+    )
+    return Drawn(found.x_0[:n], found.effective_sizes.min() / POPULATION)
 
 
 def denoisers(parts: tuple[Mixture, Mixture]) -> list[ddpm.Denoiser]:
@@ -178,7 +182,7 @@ def judge(x_0: Any, truth: Mixture, seed: int) -> Judged:
 def main() -> None:
     """Prints the table, and draws the picture if asked."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--n", type=int, default=10_000, help="samples of each method and seed")
+    parser.add_argument("--n", type=int, default=4000, help="samples of each method and seed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--picture", default="", help="where to write a figure (matplotlib)")
     options = parser.parse_args()
