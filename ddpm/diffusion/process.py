@@ -30,18 +30,29 @@ class StepInfo(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """x_s, the prediction made at t, the memory for the next step, and the denoiser's calls."""
+    """x_s, the prediction made at t, the memory for the next step, the denoiser's calls, and what
+    else a sampler reports of a step, such as an acceptance [B]."""
 
     x: jax.Array
     prediction: Any
     memory: Any = ()
     evaluations: jax.typing.ArrayLike = 1
+    report: Any = ()
 
 
-class Noise(Protocol):
-    """Draws the process's noise in the shape of x_t, another one for each k (may be traced)."""
+class Noise(NamedTuple):
+    """The noise of one step of a chain: noise(k) draws the process's in the shape of x_t, another
+    one for each k (may be traced).
 
-    def __call__(self, k: jax.typing.ArrayLike = 0) -> jax.Array: ...
+    keys: of the examples in this step, [B], for whatever else is drawn.
+    """
+
+    draw: Callable[[jax.typing.ArrayLike], jax.Array]
+    keys: jax.Array
+
+    def __call__(self, k: jax.typing.ArrayLike = 0) -> jax.Array:
+        """Returns draw k, [B, ...]."""
+        return self.draw(k)
 
 
 Step = Callable[[NoiseSchedule, Denoiser, jax.Array, StepInfo, Noise, Any], StepResult]

@@ -5,6 +5,7 @@ resuming needs nothing saved, and a sample or an example is the same in whatever
 however many devices, it is drawn. Keys of examples come first, then the numbers:
 
     of a training step     fold_in(fold_in(root, stream), step)         INIT .. COINS
+    of a population        fold_in(key, the number of the sample), and RESAMPLING
     of a chain             fold_in(key of the sample, the time), and LOW_RESOLUTION_NOISE
     within one step of it  fold_in(key of the sample and time, k)       0, LANGEVIN + k, KNOWN
     of a likelihood        fold_in(key of the example, ..)              the time, OFFSET; or FLOW_*
@@ -20,6 +21,8 @@ import numpy as np
 
 # Of a training step, and of the weights before the first.
 INIT, TIMES, NOISE, DROPOUT, LABELS, CONDITIONING, COINS = range(7)
+# Of a population whose samples are chosen together: none has so many.
+RESAMPLING = 2**31 - 1
 # Of a sample, whose other streams are the times of its chain: no chain has so many.
 LOW_RESOLUTION_NOISE = 2**31 - 1
 # Of one step of a chain, whose own draws are k = 0, 1, ..: Langevin dynamics' come after.

@@ -209,7 +209,8 @@ def inpainting(sampler: Sampler, x_0: jax.Array, keep: jax.typing.ArrayLike) -> 
 
         def down() -> tuple[jax.Array, Prediction, jax.Array]:
             # Its noises are the even ones, 0 among them: with nothing kept it is `sampler`.
-            found = sampler.step(schedule, denoiser, x_t, step_info, lambda k=0: noise(2 * k), ())
+            even = Noise(lambda k: noise(2 * k), noise.keys)
+            found = sampler.step(schedule, denoiser, x_t, step_info, even, ())
             known = q_sample(schedule, x_0, s, noise(KNOWN))
             said = Prediction(found.prediction.x_0, found.prediction.eps)
             calls = jnp.asarray(found.evaluations, jnp.int32)

@@ -1,29 +1,27 @@
-"""Langevin dynamics: sampling by the score alone (Song & Ermon 2019), and as a corrector.
+"""Langevin dynamics: sampling by the score alone (Song & Ermon 2019), and MCMC as a corrector.
 
 x <- x + h score(x) + sqrt(2 h) z has p as its stationary distribution for small h, if score is
 grad log p. On N(0, v) it is N(0, v / (1 - h / (2 v))), which says what a step of size h costs.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ddpm.diffusion.gaussian import same_shape
 from ddpm.diffusion.predictions import Denoiser, Prediction, predict, to_score
 from ddpm.diffusion.process import Noise, StepInfo, StepResult
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.streams import LANGEVIN
+from ddpm.diffusion.times import whole_number
+from ddpm.sampling import mcmc
+from ddpm.sampling.mcmc import Kernel, langevin_step
+from ddpm.sampling.sample import sample_chain
 from ddpm.sampling.samplers import Sampler, ancestral
 
-
-def langevin_step(
-    score: jax.Array, x: jax.Array, step_size: jax.typing.ArrayLike, noise: jax.Array
-) -> jax.Array:
-    """Returns x + h score + sqrt(2 h) noise, the unadjusted Langevin algorithm."""
-    same_shape(score=score, x=x, noise=noise)
-    return x + step_size * score + jnp.sqrt(2 * step_size) * noise
+LogDensity = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def annealed_langevin(
@@ -74,27 +72,47 @@ def predictor_corrector(
     predictor: Sampler | None = None,
     *,
     corrector_steps: int = 1,
-    snr: float = 0.16,
+    snr: float | jax.Array = 0.16,
+    kernel: Kernel | None = None,
+    log_density: LogDensity | None = None,
     steps: int | None = None,
 ) -> Sampler:
     """Returns a sampler of Langevin steps at t, then a step of the predictor (Song et al. 2021,
-    Algorithms 3 and 5).
+    Algorithms 3 and 5); with a kernel, of MCMC steps at t (Du et al. 2023).
 
     h = 2 (snr sigma_t)^2. The authors have |z| / |score| in the place of sigma_t, norms over the
     batch: the same where the predicted eps is of norm |z|, but a sample would depend on its batch.
     (Their factor 1 - beta_t, within 0.98 and 1, is left out.)
 
+    With a kernel every chain is accepted on its own; `Chain.reports` are the mean acceptances [N,
+    B], of each step of the chain and each example. The last noise level is corrected too, and the
+    step from there to t = 0 is the predictor's alone: let that level's noise be small (t = 1), or
+    end the times there.
+
+        tuned = ddpm.langevin.tune(key, schedule, denoiser, (64, 2), ddpm.mcmc.mala, log_density)
+        sampler = ddpm.predictor_corrector(
+            kernel=ddpm.mcmc.mala, log_density=log_density, snr=tuned.snr, corrector_steps=10
+        )
+
     Args:
       predictor: `ancestral()` if left out.
+      snr: one number or, with a kernel, one for each step of the chain, [N], as `tune` finds.
+      kernel: `mcmc.ula`, `mcmc.mala` or `mcmc.hmc()`.
+      log_density: log q(x_t) for the kernel, (x_t [B, ...], t [B]) -> [B], up to a function of t.
       steps: the predictor's own if left out.
 
-    Raises ValueError unless corrector_steps >= 1 and 0 < snr < 1.
+    Raises ValueError unless corrector_steps >= 1 and 0 < snr < 1 (with a kernel, snr > 0), or for
+    only one of kernel and log_density.
     """
     predictor = predictor or ancestral()
     if corrector_steps < 1:
         raise ValueError(f"corrector_steps = {corrector_steps}: must be a whole number >= 1")
-    if not 0 < snr < 1:
+    if (kernel is None) != (log_density is None):
+        raise ValueError("a kernel goes with a log_density, and a log_density with a kernel")
+    if kernel is None and not 0 < snr < 1:
         raise ValueError(f"snr = {snr}: must be in (0, 1)")
+    if kernel is not None and not _positive(snr):
+        raise ValueError(f"snr = {snr}: must be > 0")
 
     def step(
         schedule: NoiseSchedule,
@@ -104,13 +122,129 @@ def predictor_corrector(
         noise: Noise,
         memory: Any,
     ) -> StepResult:
-        h = 2 * snr**2 * schedule.at(step_info.t).sigma_squared
-        x_t, _ = _moved(schedule, denoiser, x_t, step_info.t, noise, corrector_steps, h)
-        found = predictor.step(schedule, denoiser, x_t, step_info, noise, memory)
-        return found._replace(evaluations=found.evaluations + corrector_steps)
+        if kernel is None or log_density is None:
+            h = 2 * snr**2 * schedule.at(step_info.t).sigma_squared
+            x_t, _ = _moved(schedule, denoiser, x_t, step_info.t, noise, corrector_steps, h)
+            found = predictor.step(schedule, denoiser, x_t, step_info, noise, memory)
+            return found._replace(evaluations=found.evaluations + corrector_steps)
+        ratio = jnp.asarray(snr, jnp.float32)
+        if ratio.ndim and ratio.shape != (len(step_info.times) - 1,):
+            raise ValueError(
+                f"snr is of shape {ratio.shape}: must be a number, or one for each of the "
+                f"{len(step_info.times) - 1} steps of the chain"
+            )
+        ratio = ratio[step_info.number] if ratio.ndim else ratio
+        at_t = level_target(log_density, step_info.t)
+        chains = mcmc.run(
+            kernel,
+            at_t,
+            _keys(noise),
+            x_t,
+            step_size=2 * (ratio * schedule.at(step_info.t).sigma) ** 2,
+            steps=corrector_steps,
+        )
+        found = predictor.step(schedule, denoiser, chains.state.x, step_info, noise, memory)
+        return found._replace(report=chains.acceptance)
 
     steps = predictor.steps if steps is None else steps
     return predictor._replace(step=step, steps=steps, draws_noise=True)
+
+
+class Tuned(NamedTuple):
+    """The snr that a corrector needs at each of the N steps of a chain, and the acceptance that it
+    had there, the mean over the pilot chains: [N]."""
+
+    snr: jax.Array
+    acceptance: jax.Array
+
+
+def tune(
+    key: jax.Array,
+    schedule: NoiseSchedule,
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    kernel: Kernel,
+    log_density: LogDensity,
+    *,
+    predictor: Sampler | None = None,
+    times: Sequence[float] | np.ndarray | None = None,
+    x_t: jax.Array | None = None,
+    aim: float = 0.574,
+    burn_in: int = 100,
+) -> Tuned:
+    """Finds the snr of `predictor_corrector` with a kernel by pilot chains: it adapts at each noise
+    level until proposals are accepted with probability `aim`.
+
+    The step sizes of the chains drawn afterwards are then constants, so that every step keeps its
+    density exactly, and a sample depends on nothing but its key.
+
+    Args:
+      shape: of the pilot chains, [B, ...]; some tens are enough.
+      predictor, times, x_t: as `predictor_corrector` and `sample` will be given them.
+      aim: 0.574 is best for MALA in many dimensions, 0.65 for HMC.
+      burn_in: steps at each level, the second half of which measures the acceptance.
+    """
+    predictor = predictor or ancestral()
+    steps = whole_number("burn_in", burn_in, 2) // 2
+
+    def step(
+        schedule: NoiseSchedule,
+        denoiser: Denoiser,
+        x_t: jax.Array,
+        step_info: StepInfo,
+        noise: Noise,
+        memory: Any,
+    ) -> StepResult:
+        relative, inner = memory
+        unit = schedule.at(step_info.t).sigma_squared
+        at_t = level_target(log_density, step_info.t)
+        chains = mcmc.run(
+            kernel,
+            at_t,
+            _keys(noise),
+            x_t,
+            step_size=relative * unit,
+            steps=0,
+            burn_in=burn_in - steps,
+            aim=aim,
+        )
+        # The chains' own sizes differ by chance: their geometric mean is what all will have.
+        relative = jnp.exp(jnp.log(chains.step_size / unit).mean())
+        measured = mcmc.run(
+            kernel,
+            at_t,
+            jax.vmap(jax.random.fold_in, (0, None))(_keys(noise), burn_in),
+            chains.state.x,
+            step_size=relative * unit,
+            steps=steps,
+        )
+        found = predictor.step(schedule, denoiser, measured.state.x, step_info, noise, inner)
+        tuned = Tuned(jnp.sqrt(relative / 2), measured.acceptance.mean())
+        return found._replace(memory=(relative, found.memory), report=tuned)
+
+    def memory(x: jax.Array) -> Any:
+        return jnp.float32(2 * 0.16**2), predictor.memory(x)
+
+    pilot = predictor._replace(step=step, memory=memory, draws_noise=True)
+    chain = sample_chain(
+        key, schedule, denoiser, shape, sampler=pilot, times=times, x_t=x_t, snapshots=0
+    )
+    tuned: Tuned = chain.reports
+    return tuned
+
+
+def level_target(log_density: LogDensity, t: jax.Array) -> mcmc.Target:
+    """Returns the target of MCMC at one time t: x -> log q_t(x) and its gradient."""
+    return mcmc.target(lambda x: log_density(x, jnp.broadcast_to(t, x.shape[:1])))
+
+
+def _keys(noise: Noise) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(noise.keys, LANGEVIN)
+
+
+def _positive(snr: float | jax.Array) -> bool:
+    """Returns False where some is not above 0; True under tracing, where nobody knows."""
+    return isinstance(snr, jax.core.Tracer) or bool((np.asarray(snr) > 0).all())
 
 
 def _moved(
@@ -118,7 +252,7 @@ def _moved(
     denoiser: Denoiser,
     x_t: jax.Array,
     t: jax.Array,
-    noise: Callable[[Any], jax.Array],
+    noise: Noise,
     steps: int,
     step_size: jax.Array,
 ) -> tuple[jax.Array, Prediction]:

@@ -15,10 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ddpm.diffusion.gaussian import expand_like
+from ddpm.diffusion.gaussian import expand_like, same_shape
 from ddpm.diffusion.streams import normal
 from ddpm.diffusion.times import whole_number
-from ddpm.sampling.langevin import langevin_step
 
 Target = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -62,6 +61,14 @@ def target(log_density: Callable[[jax.Array], jax.Array]) -> Target:
 def at(target: Target, x: jax.Array) -> State:
     """Returns the state of chains at x [B, ...]."""
     return State(x, *target(x))
+
+
+def langevin_step(
+    score: jax.Array, x: jax.Array, step_size: jax.typing.ArrayLike, noise: jax.Array
+) -> jax.Array:
+    """Returns x + h score + sqrt(2 h) noise, the unadjusted Langevin algorithm."""
+    same_shape(score=score, x=x, noise=noise)
+    return x + step_size * score + jnp.sqrt(2 * step_size) * noise
 
 
 def ula(

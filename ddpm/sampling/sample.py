@@ -14,7 +14,7 @@ import numpy as np
 from ddpm.diffusion.flow import NO_END
 from ddpm.diffusion.pixels import check_scaled
 from ddpm.diffusion.predictions import Denoiser
-from ddpm.diffusion.process import GaussianDiffusion, Process, Step, StepInfo, StepResult
+from ddpm.diffusion.process import GaussianDiffusion, Noise, Process, Step, StepInfo, StepResult
 from ddpm.diffusion.schedules import NoiseSchedule, require_signal
 from ddpm.diffusion.streams import keys_per_example, noise_streams
 from ddpm.sampling import samplers
@@ -23,13 +23,15 @@ from ddpm.sampling.samplers import Sampler, ancestral
 
 class Chain(NamedTuple):
     """A reverse process with snapshots: x_0 [B, ...], and at each of the F times, [F, B, ...],
-    x_t and the x_0 predicted there. `evaluations`, int32: how often the denoiser was called."""
+    x_t and the x_0 predicted there. `evaluations`, int32: how often the denoiser was called.
+    `reports`: what the sampler reports of its N steps, [N, ...], if anything."""
 
     x_0: jax.Array
     times: np.ndarray
     x_t: jax.Array
     predicted_x_0: jax.Array
     evaluations: jax.Array
+    reports: Any = ()
 
 
 def sample(
@@ -115,18 +117,19 @@ def run_chain(
         x_t, memory, evaluations, kept = carry
         t_now, s, number, stream, slot = inputs
 
-        def noise(k: jax.typing.ArrayLike = 0) -> jax.Array:
+        folded = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
+
+        def draw(k: jax.typing.ArrayLike) -> jax.Array:
             if isinstance(k, int) and k == 0:
                 return process.noise(keys, stream, shape[1:])
-            folded = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
             return process.noise(folded, k, shape[1:])
 
         step_info = StepInfo(t_now, s, number, jnp.asarray(t))
-        found = process.reverse(denoiser, x_t, step_info, noise, memory)
+        found = process.reverse(denoiser, x_t, step_info, Noise(draw, folded), memory)
         if snapshots:
             now = x_t, found.prediction.x_0
             kept = jax.tree.map(lambda k, x: k.at[slot].set(x), kept, now)
-        return (found.x, found.memory, evaluations + found.evaluations, kept), None
+        return (found.x, found.memory, evaluations + found.evaluations, kept), found.report
 
     if x_t is None:
         x_t = process.prior(process.noise(keys, streams[0], shape[1:]))
@@ -135,9 +138,9 @@ def run_chain(
     carry = x_t, process.memory(x_t), jnp.zeros((), jnp.int32), empty
     numbers = np.arange(steps, dtype=np.int32)
     inputs = [jnp.asarray(x) for x in (t[:-1], t[1:], numbers, streams[1:], slots)]
-    (x_0, _, evaluations, kept), _ = jax.lax.scan(step, carry, inputs)
+    (x_0, _, evaluations, kept), reports = jax.lax.scan(step, carry, inputs)
     x_kept, predicted = (k[:snapshots] for k in kept)
-    return Chain(x_0, t[:-1][moments], x_kept, predicted, evaluations)
+    return Chain(x_0, t[:-1][moments], x_kept, predicted, evaluations, reports)
 
 
 def _single_steps_alone(sampler: Sampler) -> Step:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from ddpm import ancestral, ddim, sample_chain, schedules, score
-from ddpm.diffusion.streams import LANGEVIN
-from ddpm.sampling import grids
-from ddpm.sampling.langevin import annealed_langevin, langevin_step, predictor_corrector
+from ddpm.diffusion.streams import LANGEVIN, sample_keys
+from ddpm.sampling import grids, mcmc
+from ddpm.sampling.langevin import annealed_langevin, predictor_corrector, tune
+from ddpm.sampling.mcmc import langevin_step
 from ddpm.sampling.samplers import StepInfo
 from tests.exact import gaussian_denoiser, pair
 
@@ -140,8 +141,89 @@ def test_steps_of_the_predictor_are_those_of_both():
         (functools.partial(annealed_langevin, step_size=float("nan")), "step_size = nan"),
         (functools.partial(predictor_corrector, corrector_steps=0), "corrector_steps = 0"),
         (functools.partial(predictor_corrector, snr=1.0), "snr = 1.0"),
+        (functools.partial(predictor_corrector, kernel=mcmc.mala), "goes with a log_density"),
+        (
+            functools.partial(
+                predictor_corrector, kernel=mcmc.mala, log_density=lambda x, t: t, snr=[0.1, 0.0]
+            ),
+            "must be > 0",
+        ),
+        (
+            lambda: drawn_by_kernel(mcmc.mala, sample_keys(jax.random.key(0), [0]), snr=[0.1] * 3),
+            r"one for each of the 4 steps",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def at_level(exact, mean, variance):
+    """log q(x_t) of data N(mean, variance) in every dimension, for kernels."""
+
+    def log_density(x_t, t):
+        alpha, spread = (jnp.float32(x)[t] for x in (exact.alpha, exact.variance))
+        spread = alpha**2 * variance + spread
+        away = x_t - (alpha * mean)[:, None]
+        return -0.5 * (away**2).sum(-1) / spread
+
+    return log_density
+
+
+def drawn_by_kernel(kernel, keys, *, snr, steps=30):
+    """Chains of data N(0.4, 0.3) in 3 dimensions from T = 30 down to 1, and their acceptances."""
+    schedule, exact = pair("cosine", 30)
+    sampler = predictor_corrector(
+        ddim(),
+        corrector_steps=steps,
+        snr=snr,
+        kernel=kernel,
+        log_density=at_level(exact, 0.4, 0.3),
+    )
+    denoise = gaussian_denoiser(exact, 0.4, 0.3)
+    return jax.jit(
+        lambda keys: sample_chain(
+            keys, schedule, denoise, (len(keys), 3), sampler=sampler, times=[30, 12, 6, 3, 1]
+        )
+    )(keys)
+
+
+@pytest.mark.parametrize("kernel", [mcmc.mala, mcmc.hmc(3)], ids=["mala", "hmc"])
+def test_a_kernel_corrects_exactly_and_each_chain_on_its_own(kernel):
+    """Down to t = 1 with steps so long that many are refused: N(0.4, 0.3) noised, which ULA with
+    that step would have wider by half. Alike in whatever batch."""
+    keys = sample_keys(jax.random.key(0), np.arange(3000))
+    found = drawn_by_kernel(kernel, keys, snr=0.6)
+    _, exact = pair("cosine", 30)
+    variance = exact.alpha_bar[1] * 0.3 + exact.variance[1]
+    x = np.asarray(found.x_0, np.float64)
+    assert abs(x.var() / variance - 1) < 4 * np.sqrt(2 / x.size)
+    assert abs(x.mean() - exact.alpha[1] * 0.4) < 4 * np.sqrt(variance / x.size)
+    assert found.reports.shape == (4, 3000)
+    assert ((found.reports > 0) & (found.reports <= 1)).all()
+    assert found.reports[0].mean() < 0.9
+    assert found.evaluations == 4  # the predictor's
+    few = drawn_by_kernel(kernel, keys[7:9], snr=0.6)
+    np.testing.assert_allclose(few.x_0, x[7:9], atol=1e-4)
+    np.testing.assert_allclose(few.reports, found.reports[:, 7:9], atol=1e-4)
+
+
+def test_pilot_chains_find_the_snr_of_each_level():
+    schedule, exact = pair("cosine", 30)
+    denoise, log_density = gaussian_denoiser(exact, 0.4, 0.3), at_level(exact, 0.4, 0.3)
+    times = [30, 12, 6, 3, 1]
+    tuned = jax.jit(
+        lambda key: tune(
+            key, schedule, denoise, (64, 3), mcmc.mala, log_density, predictor=ddim(), times=times
+        )
+    )(jax.random.key(5))
+    assert tuned.snr.shape == tuned.acceptance.shape == (4,)
+    assert np.abs(tuned.acceptance - 0.574).max() < 0.08
+    # Sizes go with the variance of x_t, which at t = 1 is many times sigma_t^2.
+    variance = exact.alpha_bar * 0.3 + exact.variance
+    ratio = 2 * np.asarray(tuned.snr) ** 2 * exact.variance[times[:-1]] / variance[times[:-1]]
+    np.testing.assert_allclose(ratio, ratio[0], rtol=0.15)
+    keys = sample_keys(jax.random.key(0), np.arange(500))
+    chain = drawn_by_kernel(mcmc.mala, keys, snr=tuned.snr, steps=5)
+    assert np.abs(chain.reports.mean(axis=1) - 0.574).max() < 0.1
