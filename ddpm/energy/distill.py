@@ -28,8 +28,8 @@ def loss(
     t: jax.Array,
     eps: jax.Array,
 ) -> jax.Array:
-    """Returns sigma_t^2 |grad log q(x_t) - score(x_t)|^2, [B], the mean over dimensions: the squared
-    error of eps against that of the denoiser, which is not trained.
+    """Returns sigma_t^2 |grad log q(x_t) - score(x_t)|^2, [B], the mean over dimensions: the error
+    of eps, squared, against that of the denoiser, which is not trained.
 
     Its mean is that of `losses.simple` less a constant where the denoiser is exact: the loss is 0
     for the exact log-density, and for whatever differs from it by a function of t.
