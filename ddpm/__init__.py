@@ -37,10 +37,10 @@ from ddpm.diffusion.gaussian import (
 from ddpm.diffusion.predictions import Denoiser, Prediction, clipped, denoiser, thresholded
 from ddpm.diffusion.schedules import NoiseSchedule
 from ddpm.diffusion.streams import sample_keys
-from ddpm.energy import composition, feynman_kac
+from ddpm.energy import composition, distill, feynman_kac
 from ddpm.models.dit import DiT
 from ddpm.models.unet import UNet
-from ddpm.sampling import editing, grids, guidance, langevin, mcmc
+from ddpm.sampling import editing, grids, guidance, inverse, langevin, mcmc
 from ddpm.sampling.adaptive import probability_flow
 from ddpm.sampling.guidance import classifier_free, classifier_guided
 from ddpm.sampling.langevin import annealed_langevin, predictor_corrector
@@ -73,6 +73,7 @@ __all__ = [
     "continuous",
     "ddim",
     "denoiser",
+    "distill",
     "dpm_solver",
     "editing",
     "euler",
@@ -84,6 +85,7 @@ __all__ = [
     "grids",
     "guidance",
     "heun",
+    "inverse",
     "langevin",
     "likelihood",
     "load",

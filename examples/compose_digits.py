@@ -89,11 +89,12 @@ def data() -> Data:
 
 
 def log_density(params: Any, condition: Any) -> Any:
-    """Returns log q(x_t | condition) up to a function of t, of condition int[B] or a number."""
+    """Returns log q(x_t | condition) up to a function of t; the condition is int[B], or a number."""
 
     def log_q(x_t: jax.Array, t: jax.Array) -> jax.Array:
         of = jnp.broadcast_to(condition, t.shape)
-        return -Energy().apply({"params": params}, x_t, t, of) / schedule.at(t).sigma
+        energy: Any = Energy().apply({"params": params}, x_t, t, of)
+        return -energy / schedule.at(t).sigma
 
     return log_q
 
