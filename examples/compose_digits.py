@@ -89,7 +89,7 @@ def data() -> Data:
 
 
 def log_density(params: Any, condition: Any) -> Any:
-    """Returns log q(x_t | condition) up to a function of t; the condition is int[B], or a number."""
+    """Returns log q(x_t | condition) up to a function of t, the condition int[B] or one number."""
 
     def log_q(x_t: jax.Array, t: jax.Array) -> jax.Array:
         of = jnp.broadcast_to(condition, t.shape)

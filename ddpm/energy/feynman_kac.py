@@ -69,8 +69,8 @@ def sample(
       x_t: where to begin; `composition.start` if left out.
       churn: variance of added Langevin noise, relative to the SDE's own. Langevin dynamics leaves
         pi_t as it is, so weights have no part in it; samples stay nearer to pi_t, and forget their
-        ancestors. About 4 made the mean of a Gaussian product as precise as independent samples
-        do, where 0, the paper's, took three times as many; larger values need shorter steps.
+        ancestors. On a product of two Gaussians 400 samples were worth 350 independent ones with
+        8, and 140 with 0, the paper's; larger values need shorter steps.
       threshold: chosen anew, by systematic resampling, where the effective sample size is below
         this part of B.
 
