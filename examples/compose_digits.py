@@ -14,7 +14,6 @@ the same classes are known, and are what the samples should look like.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -240,9 +239,11 @@ def main() -> None:
             if seed == 0:
                 first = [np.flatnonzero(label == y)[:2] for y in range(CLASSES)]
                 rows.append(np.asarray(samples)[np.concatenate(first)])
-    print("acceptance by level:", np.round(np.asarray(drawn.acceptance)[::8], 2).tolist())
+    accepted = [f"{share:.2f}" for share in np.asarray(drawn.acceptance)[::8]]
+    print("acceptance at every eighth level:", *accepted)
     if options.picture:
-        pictures.save_grid(Path(options.picture), np.concatenate(rows), columns=2 * CLASSES)
+        whole = pictures.grid(np.concatenate(rows), columns=2 * CLASSES)
+        pictures.to_picture(whole, least_side=1000).save(options.picture)
 
 
 def show(name: str, judged: Judged) -> None:
