@@ -42,7 +42,7 @@ from ddpm.diffusion.streams import sample_keys
 from ddpm.models.dit import DiT
 from ddpm.models.energy import EnergyNetwork
 from ddpm.models.unet import UNet
-from ddpm.sampling import editing, grids, guidance, langevin, mcmc
+from ddpm.sampling import editing, grids, guidance, inverse, langevin, mcmc
 from ddpm.sampling.adaptive import probability_flow
 from ddpm.sampling.guidance import classifier_free, classifier_guided
 from ddpm.sampling.langevin import annealed_langevin, predictor_corrector
@@ -86,6 +86,7 @@ __all__ = [
     "grids",
     "guidance",
     "heun",
+    "inverse",
     "langevin",
     "likelihood",
     "load",

@@ -25,8 +25,8 @@ from ddpm.evaluation import distances
 
 schedule = ddpm.schedules.linear(1000)
 LEVELS = ddpm.grids.log_snr(schedule, 40, sigma_max=None)
-STEPS = ddpm.grids.log_snr(schedule, 500, sigma_max=None)  # of Feynman-Kac correctors
-POPULATION = 20_000  # theirs, of which n are taken: they are relatives
+STEPS = ddpm.grids.log_snr(schedule, 400, sigma_max=None)  # of Feynman-Kac correctors
+POPULATION = 8000  # theirs, of which n are taken: they are relatives
 TESTED = 2000  # samples of each set in the two-sample test
 
 
@@ -143,9 +143,10 @@ def corrected(kernel: ddpm.mcmc.Kernel, steps: int) -> Method:
 
 
 def weighted(key: jax.Array, parts: tuple[Mixture, Mixture], n: int) -> Drawn:
-    """Draws by Feynman-Kac correctors, 500 steps."""
+    """Draws by Feynman-Kac correctors, 400 steps."""
+    shape = POPULATION, 2
     found = feynman_kac.sample(
-        key, schedule, denoisers(parts), [1.0, 1.0], (POPULATION, 2), times=STEPS
+        key, schedule, denoisers(parts), [1.0, 1.0], shape, times=STEPS, churn=4.0
     )
     return Drawn(found.x_0[:n], found.effective_sizes.min() / POPULATION)
 

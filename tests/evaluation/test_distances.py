@@ -216,3 +216,18 @@ def test_roc_area_is_mann_and_whitneys(levels):
     np.testing.assert_allclose(distances.roc_area(own, other), statistic / (37 * 53), rtol=1e-12)
     area = roc_auc_score(np.repeat([0, 1], [37, 53]), np.concatenate([own, other]))
     np.testing.assert_allclose(distances.roc_area(own, other), area, rtol=1e-12)
+
+
+def test_energy_test_tells_two_sets_apart_and_no_more():
+    """Its p-value is uniform for sets of one distribution, and small for others."""
+    rng = np.random.default_rng(0)
+    p = [
+        distances.energy_test(*rng.normal(size=(2, 30, 2)), permutations=99, seed=seed)
+        for seed in range(60)
+    ]
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
+    a, b = rng.normal(size=(2, 150, 2))
+    assert distances.energy_test(a, b * 1.6, permutations=199) < 0.01
+    assert distances.energy_test(a, b[:70] + 0.7, permutations=199) == 1 / 200
+    with pytest.raises(ValueError, match="2 and of 3 dimensions"):
+        distances.energy_test(a, rng.normal(size=(5, 3)))
