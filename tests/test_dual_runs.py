@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import ddpm
 from ddpm.build import data
 from ddpm.build.experiment import build
 from ddpm.data import digits
@@ -76,6 +77,8 @@ def test_energy_is_evaluated_by_split_and_against_foreign_images(workdir):
     close(found["train"]["bits_per_dim"], expected.mean(), rtol=1e-5)
     close(found["train"]["standard_error"], expected.std(ddof=1) / 40**0.5, rtol=1e-4)
     close(found["train"]["nats"], expected.mean() * 64 * np.log(2), rtol=1e-5)
+    keys = sample_keys(key, np.arange(40))
+    close(ddpm.load(workdir).bits_per_dim(x_0, keys), expected, rtol=1e-5)
 
 
 def test_energy_of_other_models_is_refused(shared_run):

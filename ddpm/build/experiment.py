@@ -191,6 +191,16 @@ class Experiment(NamedTuple):
         """Returns that number, log Z, and its standard error, by samples of the key."""
         return dual.log_normalizer(self.schedule, self.raw_energy(params), self.image_shape, key)
 
+    def energy_bits_per_dim(
+        self, params: Any, log_z: jax.Array, x_0: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Returns bits/dim [B] of 8-bit data by the normalised energy, see
+        `dual.dequantised_bits_per_dim`."""
+        raw = self.raw_energy(params)
+        return dual.dequantised_bits_per_dim(
+            self.schedule, lambda x_t, log_snr: raw(x_t, log_snr) + log_z, x_0, key
+        )
+
     def _scalar(self, params: Any, label: jax.Array | None) -> Network:
         """Returns the network's energy by its own input for the noise level."""
         m = self.config.model

@@ -40,6 +40,7 @@ class Model:
     def __init__(self, run: Run, workdir: Path) -> None:
         self._run, self._workdir = run, workdir
         self._generators: dict[Any, Generator] = {}
+        self._log_z: jax.Array | None = None
 
     def __repr__(self) -> str:
         diffusion = self.config.diffusion
@@ -96,6 +97,20 @@ class Model:
         energy = self._run.built.energy(self.params, given)
         t = jnp.broadcast_to(as_times(self.schedule.ends, t), x_t.shape[:1])
         return energy(x_t, t)
+
+    def bits_per_dim(self, x_0: jax.Array, key: jax.Array) -> jax.Array:
+        """Computes bits/dim of images x_0, k/127.5 - 1 of k = 0..255 [B, H, W, C], by a normalised
+        energy, of which it takes one evaluation: float32[B].
+
+        The key draws the noise within the 8-bit bins. Raises InputError for a model that was not
+        trained for it (config.training.loss = 'dual'): see `ddpm.likelihood` and `ddpm.flow`.
+        """
+        built = self._run.built
+        if self._log_z is None:
+            seed = jax.random.key(self.config.seed)
+            normalizer = jax.jit(lambda params: built.log_normalizer(params, seed).value)
+            self._log_z = normalizer(self.params)
+        return built.energy_bits_per_dim(self.params, self._log_z, x_0, key)
 
     def sample(
         self,

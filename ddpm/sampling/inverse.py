@@ -11,8 +11,8 @@
 log q_t(x_t) + said(x_t, t) is a path from noise to the posterior p(x_0 | y), which it reaches where
 the noise of x_t is small against that of y. On the way it is not the noised posterior, so reverse
 diffusion alone does not draw from it: MCMC at each level does, as of a product (see
-`ddpm.energy.composition`). With scores alone, without log_density, leave out the kernel: Langevin steps
-follow the path up to an error of their step size.
+`ddpm.energy.composition`). With scores alone, without log_density, leave out the kernel: Langevin
+steps follow the path up to an error of their step size.
 """
 
 from collections.abc import Callable

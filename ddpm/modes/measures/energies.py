@@ -9,7 +9,6 @@ from ddpm.build.data import foreign
 from ddpm.diffusion.bound_terms import BITS_PER_NAT
 from ddpm.diffusion.pixels import to_float
 from ddpm.diffusion.streams import sample_keys
-from ddpm.energy import dual
 from ddpm.evaluation import bound as bounds
 from ddpm.evaluation import distances, report
 from ddpm.evaluation.report import number
@@ -29,10 +28,8 @@ def energies(job: Job) -> Measured:
 
     @jax.jit
     def bits(params: Any, log_z: jax.Array, images: jax.Array, indices: jax.Array) -> jax.Array:
-        raw = built.raw_energy(params)
-        energy: dual.Energy = lambda x_t, log_snr: raw(x_t, log_snr) + log_z  # noqa: E731
         x_0, keys = to_float(images), sample_keys(key, indices)
-        return dual.dequantised_bits_per_dim(built.schedule, energy, x_0, keys)
+        return built.energy_bits_per_dim(params, log_z, x_0, keys)
 
     per_nat = BITS_PER_NAT / np.prod(built.image_shape)
     found: dict[str, np.ndarray] = {}
