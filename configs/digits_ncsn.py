@@ -5,6 +5,9 @@
 The network and its training are those of `configs/digits.py`. What differs is what the two papers
 differ in: the noise levels, a network without an input for them, and the sampler. Their numbers
 follow from the data by the rules of `ddpm.ncsn`.
+
+Three seeds on two busy cores, 2026-11-29: Fréchet distance 1.33 ± 0.31, 4.80 bits/dim, where those
+of `digits` had 0.80 and 4.43 (`docs/results.md`).
 """
 
 from ml_collections import ConfigDict
