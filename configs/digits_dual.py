@@ -2,11 +2,15 @@
 
 python main.py --config=configs/digits_dual.py
 python main.py --config=configs/digits_dual.py --mode=evaluate
+
+Held out, of seed 0 (2026-11-29): 4.744 +- 0.014 bits/dim by one evaluation of the energy; on the
+first 64 images 4.701, and 4.586 by the ODE. 24 minutes on two cores that had other work too.
 """
 
 from ml_collections import ConfigDict
 
 from configs import digits
+from ddpm.config import PARTS
 
 
 def get_config() -> ConfigDict:
@@ -22,4 +26,5 @@ def get_config() -> ConfigDict:
     # Over log-SNR evenly: the cosine's last step alone is 7 units of it, where nothing is learned.
     config.diffusion.update(schedule="linear_log_snr", log_snr_0=8.5, log_snr_1=-8.0)
     config.training.loss = "dual"
+    config.evaluation.parts = PARTS
     return config
