@@ -138,31 +138,24 @@ class Drawn(NamedTuple):
     acceptance: Any = ()
 
 
-def alone(params: Any, key: jax.Array, label: jax.Array) -> Drawn:
-    """Draws from p(x | class) by reverse diffusion."""
-    denoiser = composition.of_log_density(schedule, log_density(params, label))
+def wanted(params: Any, label: jax.Array, both: bool) -> Any:
+    """Returns the log-density to draw from: of the class alone, or of class and bold."""
+    if not both:
+        return log_density(params, label)
+    parts = [log_density(params, condition) for condition in (label, BOLD, ANY)]
+    return composition.log_product(parts, EXPONENTS)
+
+
+def reverse(params: Any, key: jax.Array, label: jax.Array, both: bool) -> Drawn:
+    """Draws by reverse diffusion: with the sum of scores, or those of the class alone."""
+    denoiser = composition.of_log_density(schedule, wanted(params, label, both))
     sampler = ddpm.ancestral(ddpm.fixed_small, steps=100)
     return Drawn(ddpm.sample(key, schedule, denoiser, (len(label), 64), sampler=sampler))
 
 
-def parts(params: Any, label: jax.Array) -> list[Any]:
-    """Returns the three log-densities of the product."""
-    return [log_density(params, condition) for condition in (label, BOLD, ANY)]
-
-
-def reverse(params: Any, key: jax.Array, label: jax.Array) -> Drawn:
-    """Draws by reverse diffusion with the sum of scores."""
-    whole = composition.log_product(parts(params, label), EXPONENTS)
-    denoiser = composition.of_log_density(schedule, whole)
-    sampler = ddpm.ancestral(ddpm.fixed_small, steps=100)
-    return Drawn(ddpm.sample(key, schedule, denoiser, (len(label), 64), sampler=sampler))
-
-
-def corrected(params: Any, key: jax.Array, label: jax.Array) -> Drawn:
+def corrected(params: Any, key: jax.Array, label: jax.Array, both: bool) -> Drawn:
     """Draws with MALA at each of 30 levels, and DDIM between them."""
-    whole = composition.log_product(parts(params, label), EXPONENTS)
-    denoiser = composition.of_log_density(schedule, whole)
-    few = composition.log_product(parts(params, label[:32]), EXPONENTS)
+    few, whole = (wanted(params, of, both) for of in (label[:32], label))
     tuned = ddpm.langevin.tune(
         jax.random.fold_in(key, len(label)),  # no sample's
         schedule,
@@ -182,12 +175,23 @@ def corrected(params: Any, key: jax.Array, label: jax.Array) -> Drawn:
         snr=tuned.snr,
     )
     chain = ddpm.sample_chain(
-        key, schedule, denoiser, (len(label), 64), sampler=sampler, times=LEVELS, snapshots=0
+        key,
+        schedule,
+        composition.of_log_density(schedule, whole),
+        (len(label), 64),
+        sampler=sampler,
+        times=LEVELS,
+        snapshots=0,
     )
     return Drawn(chain.x_0, chain.reports.mean(axis=1))
 
 
-METHODS = {"class alone": alone, "sum of scores": reverse, "with MALA": corrected}
+METHODS = {
+    "class alone": (reverse, False),
+    "class, MALA": (corrected, False),
+    "sum of scores": (reverse, True),
+    "both, MALA": (corrected, True),
+}
 
 
 class Judged(NamedTuple):
@@ -230,8 +234,10 @@ def main() -> None:
     theirs = ink_of(unseen.image) == 2
     show("held out", judge(unseen.image[theirs], unseen.label[theirs], real))
     rows = []
-    for name, method in METHODS.items():
-        draw = jax.jit(lambda key, method=method: method(params, key, jnp.asarray(label)))
+    for name, (method, both) in METHODS.items():
+        draw = jax.jit(
+            lambda key, method=method, both=both: method(params, key, jnp.asarray(label), both)
+        )
         for seed in range(options.seeds):
             drawn = draw(jax.random.key(seed))
             samples = to_uint8(drawn.x_0.reshape(-1, 8, 8, 1))

@@ -27,6 +27,7 @@ schedule = ddpm.schedules.linear(1000)
 LEVELS = ddpm.grids.log_snr(schedule, 40, sigma_max=None)
 STEPS = ddpm.grids.log_snr(schedule, 400, sigma_max=None)  # of Feynman-Kac correctors
 POPULATION = 8000  # theirs, of which n are taken: they are relatives
+PILOT = 100  # steps at each level to find step sizes
 TESTED = 2000  # samples of each set in the two-sample test
 
 
@@ -124,7 +125,15 @@ def corrected(kernel: ddpm.mcmc.Kernel, steps: int) -> Method:
         how: dict[str, Any] = {"times": LEVELS}
         pilot = jax.random.fold_in(key, n)  # no sample's
         tuned = ddpm.langevin.tune(
-            pilot, schedule, denoiser, (64, 2), kernel, log_density, predictor=ddpm.ddim(), **how
+            pilot,
+            schedule,
+            denoiser,
+            (64, 2),
+            kernel,
+            log_density,
+            predictor=ddpm.ddim(),
+            burn_in=PILOT,
+            **how,
         )
         sampler = ddpm.predictor_corrector(
             ddpm.ddim(),

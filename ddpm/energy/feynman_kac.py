@@ -113,7 +113,7 @@ def sample(
         return (moved, log_weights, half), size
 
     inputs = tuple(jnp.asarray(z) for z in (falling[:-1], falling[1:], streams[1:]))
-    begun = x, jnp.zeros(shape[0]), jnp.zeros(())
+    begun = x, jnp.zeros(shape[0], x.dtype), jnp.zeros((), jnp.float32)
     (x_0, log_weights, _), sizes = jax.lax.scan(step, begun, inputs)
     last, shuffle = jax.random.split(chooser)
     # In random order: neighbours are relatives.

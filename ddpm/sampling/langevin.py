@@ -223,7 +223,7 @@ def tune(
         return found._replace(memory=(relative, found.memory), report=tuned)
 
     def memory(x: jax.Array) -> Any:
-        return jnp.float32(2 * 0.16**2), predictor.memory(x)
+        return jnp.asarray(2 * 0.16**2, x.dtype), predictor.memory(x)
 
     pilot = predictor._replace(step=step, memory=memory, draws_noise=True)
     chain = sample_chain(
