@@ -71,11 +71,19 @@ def test_the_energy_of_a_loaded_model_is_that_of_its_denoiser(run):
     model = ddpm.load(run, ema=False, clip=False, label=3)
     x, t = jax.random.normal(jax.random.key(0), (3, 8, 8, 1)), jnp.array([1, 5, 10])
     gradient = ddpm.energy.density.gradient(lambda x, t: model.energy(x, t, label=3))
-    eps = jax.jit(lambda x: (gradient(x, t), model.denoiser(x, t).eps))(x)
+    log_q = ddpm.energy.density.log_density(model.schedule, model.energy)
+
+    @jax.jit
+    def found(x):
+        eps = gradient(x, t), model.denoiser(x, t).eps
+        return eps, model.energy(x, t), model.energy(x, t, label=3), log_q(x, t)
+
+    eps, energy, of_three, log_density = found(x)
     close(*eps, rtol=1e-5, atol=1e-6)
     assert np.abs(eps[0]).max() > 1e-4
-    assert model.energy(x, 5).shape == (3,)
-    assert (model.energy(x, 5) != model.energy(x, 5, label=3)).all()
+    assert energy.shape == (3,)
+    assert (energy != of_three).all()
+    close(log_density, -energy / model.schedule.at(t).sigma, rtol=1e-6)
 
 
 def test_a_model_without_an_energy_says_so(shared_run):
