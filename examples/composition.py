@@ -28,6 +28,7 @@ LEVELS = ddpm.grids.log_snr(schedule, 40, sigma_max=None)
 STEPS = ddpm.grids.log_snr(schedule, 400, sigma_max=None)  # of Feynman-Kac correctors
 POPULATION = 8000  # theirs, of which n are taken: they are relatives
 PILOT = 100  # steps at each level to find step sizes
+EXACT = 200_000  # draws that measure the entropy
 TESTED = 2000  # samples of each set in the two-sample test
 
 
@@ -184,7 +185,7 @@ def judge(x_0: Any, truth: Mixture, seed: int) -> Judged:
     """Compares samples [n, 2] with the true product, and the first 2000 with exact draws."""
     rng = np.random.default_rng((seed, 1))
     log_p = jax.jit(lambda x: truth.log_density(x, 0).mean())
-    entropy = -log_p(jnp.float32(truth.draw(rng, 200_000)))
+    entropy = -log_p(jnp.float32(truth.draw(rng, EXACT)))
     p = distances.energy_test(np.asarray(x_0)[:TESTED], truth.draw(rng, TESTED))
     return Judged(float(-log_p(x_0) - entropy), p)
 

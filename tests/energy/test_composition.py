@@ -126,6 +126,7 @@ def test_mcmc_makes_products_right_where_reverse_diffusion_is_wrong(monkeypatch)
     """A short version of the example: fewer samples, levels and steps."""
     module, n, key = example(), 1000, jax.random.key(1)
     monkeypatch.setattr(module, "TESTED", n)
+    monkeypatch.setattr(module, "EXACT", 20_000)
     monkeypatch.setattr(module, "PILOT", 30)
     monkeypatch.setattr(module, "LEVELS", ddpm.grids.log_snr(module.schedule, 20, sigma_max=None))
     for (title, parts), kernel in zip(
@@ -145,7 +146,7 @@ def test_mcmc_makes_products_right_where_reverse_diffusion_is_wrong(monkeypatch)
                 module.schedule,
                 denoiser,  # noqa: B023
                 (n, 2),
-                sampler=ddpm.ancestral(ddpm.fixed_small, steps=100),
+                sampler=ddpm.ddim(steps=100),
                 x_t=x_t,
             )
         )(start)
