@@ -62,7 +62,7 @@ def test_a_file_of_ones_own_is_preferred_and_may_import_ours(elsewhere):
     ("given", "said"),
     [
         ("digts", "--config=digts: must be a file or celebahq256, cifar10, cifar10_conditional"),
-        ("digts:variant", "fashion_mnist_gpu, folder"),
+        ("digts:variant", "fashion_mnist_gpu, fashion_mnist_long, folder"),
         ("ablations/table3", "did you mean 'ablations/table2'?"),
         ("configs/digts.py", "did you mean 'configs/digits.py'?"),
         ("elsewhere/digits.py", "--config=elsewhere/digits.py: there is no such file"),

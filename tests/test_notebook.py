@@ -148,9 +148,9 @@ def test_config_of_a_run_is_what_it_was(file):
 def test_importing_stays_light():
     """What `import ddpm` imports at once: no file of PIL's, no Orbax, no build."""
     tree = ast.parse((ROOT / "ddpm" / "__init__.py").read_text())
-    rooms = {n.module.split(".")[1] for n in tree.body
+    rooms = {f"{n.module}.{n.names[0].name}".split(".")[1] for n in tree.body
              if isinstance(n, ast.ImportFrom) and n.module.startswith("ddpm")}  # fmt: skip
-    assert rooms == {"diffusion", "models", "sampling", "version"}
+    assert rooms == {"diffusion", "energy", "models", "sampling", "version"}
     assert {"load", "show", "__version__"} <= {*ddpm.__all__} & {*dir(ddpm)}
     with pytest.raises(AttributeError, match="has no attribute 'laod'"):
         _ = ddpm.laod
