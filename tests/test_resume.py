@@ -122,7 +122,7 @@ def test_ctrl_c_with_nothing_to_save_is_one_line(uninterrupted, tmp_path, mode):
         pictures.mkdir()
         image = Image.fromarray(np.zeros((1000, 1000, 3), np.uint8))
         image.save(pictures / "0.png")
-        for i in range(1, 500):
+        for i in range(1, 3000):
             os.link(pictures / "0.png", pictures / f"{i}.png")
         process = runs.start(
             runs.command(
