@@ -62,8 +62,11 @@ def run(argv: Sequence[str]) -> int:
     2; a loss that is not finite is code 3. Ctrl-C, SIGTERM and SIGHUP are 0 where training was
     saved, 130 where there was nothing to save, and for the second time.
     """
-    with answered() as hold:
-        return _run(argv, hold)
+    try:
+        with answered() as hold:
+            return _run(argv, hold)
+    except KeyboardInterrupt:  # before the first step, while sampling, or for the second time
+        return fail("stopped", STOPPED)  # after the answer, which a thread gives
 
 
 def _run(argv: Sequence[str], hold: Hold) -> int:
@@ -94,8 +97,6 @@ def _run(argv: Sequence[str], hold: Hold) -> int:
         return fail(str(path_error(error)), WRONG)
     except NotFinite as error:
         return fail(str(error), NotFinite.EXIT_CODE)
-    except KeyboardInterrupt:  # before the first step, while sampling, or for the second time
-        return fail("stopped", STOPPED)
     return 0
 
 
