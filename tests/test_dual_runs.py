@@ -45,7 +45,7 @@ def workdir(tmp_path_factory):
 
 
 def test_training_goes_on_with_the_offset_and_its_average(workdir):
-    """Of eight steps, the slopes and their average; that resuming is exact is `test_resume`'s."""
+    """Eight steps, with the slopes and their average; `test_resume` has that it is exact."""
     found = {}
     for average in (True, False):
         config = saved_config(workdir)

@@ -19,7 +19,7 @@ from tests.models.test_energy import FORMS
 
 
 def test_a_step_from_the_first_weights_lowers_the_loss():
-    """Of each form, on one draw of times and noise, by a network whose last layer is zero."""
+    """Each form does, on one draw of times and noise, with a last layer of zeros."""
     objective = simple(ddpm.schedules.cosine(100))
     x_0 = np.random.default_rng(0).uniform(-1, 1, (16, 4, 4, 1)).astype(np.float32)
     network = ddpm.DiT(channels=8, depth=1, head_channels=4)

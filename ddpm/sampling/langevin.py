@@ -40,8 +40,7 @@ def annealed_langevin(
 
     Raises ValueError unless steps_per_level >= 1 and 0 < step_size < 2, beyond which x grows.
     """
-    if steps_per_level < 1:
-        raise ValueError(f"steps_per_level = {steps_per_level}: must be a whole number >= 1")
+    whole_number("steps_per_level", steps_per_level)
     if not 0 < step_size < 2:
         raise ValueError(f"step_size = {step_size}: must be in (0, 2)")
 
@@ -105,8 +104,7 @@ def predictor_corrector(
     only one of kernel and log_density.
     """
     predictor = predictor or ancestral()
-    if corrector_steps < 1:
-        raise ValueError(f"corrector_steps = {corrector_steps}: must be a whole number >= 1")
+    whole_number("corrector_steps", corrector_steps)
     if (kernel is None) != (log_density is None):
         raise ValueError("a kernel goes with a log_density, and a log_density with a kernel")
     if kernel is None and not 0 < snr < 1:

@@ -97,6 +97,17 @@ def noise_like(x_0: jax.Array, key: jax.Array | StepKey) -> jax.Array:
     return jnp.asarray(streams.of_batch(key, len(x_0), draws))
 
 
+def _mean_gradient(loss: Callable[[Any], Losses], params: Any) -> tuple[jax.Array, Losses, Any]:
+    """Returns the mean of the losses at these parameters, the losses, and the mean's gradient."""
+
+    def mean(params: Any) -> tuple[jax.Array, Losses]:
+        found = loss(params)
+        return found.mean(), found
+
+    (value, found), grads = jax.value_and_grad(mean, has_aux=True)(params)
+    return value, found, grads
+
+
 class GaussianObjective(NamedTuple):
     """The objective of a Gaussian diffusion.
 
@@ -145,13 +156,7 @@ class GaussianObjective(NamedTuple):
         history: Any = (),
     ) -> tuple[jax.Array, Losses, Any]:
         """Returns the mean loss, its parts, and the gradient by the parameters."""
-
-        def mean(params: Any) -> tuple[jax.Array, Losses]:
-            found = self.loss(network(params), x_0, key, history)
-            return found.mean(), found
-
-        (loss, found), grads = jax.value_and_grad(mean, has_aux=True)(params)
-        return loss, found, grads
+        return _mean_gradient(lambda p: self.loss(network(p), x_0, key, history), params)
 
     def record(self, history: Any, found: Losses) -> Any:
         """Returns the history after these losses."""
@@ -271,13 +276,9 @@ class DualObjective(NamedTuple):
         history: Any = (),
     ) -> tuple[jax.Array, Losses, Any]:
         """Returns the mean loss, its parts, and the gradient by the network and the offset."""
-
-        def mean(params: Any) -> tuple[jax.Array, Losses]:
-            found = self._loss(network(params), params[OFFSET], x_0, key, history)
-            return found.mean(), found
-
-        (loss, found), grads = jax.value_and_grad(mean, has_aux=True)(params)
-        return loss, found, grads
+        return _mean_gradient(
+            lambda p: self._loss(network(p), p[OFFSET], x_0, key, history), params
+        )
 
     def record(self, history: Any, found: Losses) -> Any:
         """Returns the history as it is: none is kept."""

@@ -65,7 +65,7 @@ def test_the_bits_are_the_best_of_all(num_bits, nu):
 
 
 def test_what_is_sent_looks_like_a_draw_from_the_target():
-    """With 1.15 bits for each of the KL: the residual is N(0, v), to a few percent."""
+    """The residual is N(0, v) to a few percent, with 1.15 bits for each of the KL."""
     aim = target(0.7, 512)
     bits = 1.15 * float(trellis.kl(aim).mean()) / np.log(2)
     sent = trellis.encode(KEY, aim, round(bits), nu=8)

@@ -128,7 +128,7 @@ def test_a_trained_network_comes_within_two_percent_of_the_floor_at_every_level(
 
 
 def test_exact_denoisers_of_mixtures_agree():
-    """That of the example, and the one here."""
+    """The two mixtures: the example's, and the one here."""
     data, t = score_matching.mixture(16), np.arange(1, 101)
     of = data.weights, data.means, data.variance
     x_t = np.random.default_rng(3).normal(size=(100, 16)).astype(np.float32)

@@ -193,7 +193,7 @@ def test_normalizer_of_exact_energies_and_that_of_a_constant():
 
 
 def test_bits_per_dim_and_denoiser_are_those_of_the_flow():
-    """Of the exact energy, by one evaluation, against the ODE with the exact trace; same key."""
+    """The exact energy by one evaluation, against the ODE with the exact trace; same key."""
     energy = exact(THREE)
 
     @jax.jit
@@ -299,7 +299,7 @@ def test_trained_log_density_is_right_to_a_tenth_of_a_nat(energies):
 
 
 def test_two_trained_energies_tell_a_mixtures_weights(energies):
-    """Of each point by their log-ratio, and of the whole by maximum likelihood."""
+    """Each point's by their log-ratio, and the whole's by maximum likelihood."""
     share = 0.3
     x = jnp.concatenate([noised(CONTINUOUS, jax.random.key(i), n, of, 0.0)[0]
                          for i, n, of in ((11, 1200, A), (12, 2800, B))])  # fmt: skip

@@ -108,7 +108,7 @@ def test_parameters_are_those_of_the_network_alone():
 
 
 def test_only_an_energys_eps_has_a_symmetric_jacobian():
-    """By x, of a small UNet; it is the energy's Hessian."""
+    """The Jacobian by x of a small UNet is the energy's Hessian."""
     network = UNet(channels=4, num_groups=2, dropout=0.0, channel_multipliers=(1,),
                    num_res_blocks=1, attention_resolutions=())  # fmt: skip
     params = at_random(network)
