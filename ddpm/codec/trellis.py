@@ -12,7 +12,11 @@ sequence's score is the sum of log N(z; m, v) - log N(z; 0, 1) over all its numb
 sequence is found by Viterbi's algorithm: once around from half-way, which tells the state at the
 start, and once from there and back to it. Where n <= nu all 2^n sequences are tried.
 
-With n = 1.08 KL(target || prior) and nu = 12 it costs about 8 % more bits than an ideal coder.
+The newest and the oldest bit of a state flip the sign of its codeword, which the others choose. So
+the two ways on from a state are as far apart as can be, and so are the two that meet in the next:
+on white Gaussian data it costs, with nu = 12, 7 % more bits than an ideal coder at the same squared
+error, where independent codewords cost 9 %. Take n = 1.05 KL(target || prior).
+
 Bits are of a fixed number: reading them needs no model.
 """
 
@@ -41,21 +45,25 @@ def kl(target: Target) -> jax.Array:
 def encode(key: jax.Array, target: Target, num_bits: int, nu: int = 12) -> jax.Array:
     """Returns the bits, bool[B, num_bits], whose `decode` is most like a draw from the target.
 
-    Takes time in proportion to 2^nu D. Raises ValueError unless 1 <= num_bits <= D and
-    1 <= nu <= 16.
+    Takes time in proportion to 2^nu D. Raises ValueError unless 3 <= num_bits <= D and
+    3 <= nu <= 16.
     """
     dimensions = target.mean.shape[-1]
     _check(dimensions, num_bits, nu)
-    weights = _in_blocks(key, _weights(target), num_bits)  # [n, B, 2, width]
+    weights = _in_blocks(_weights(target), num_bits)  # [n, B, 2, width]
     if num_bits <= nu:
         return _best_of_all(key, weights, num_bits)
     states = jnp.arange(1 << nu, dtype=jnp.uint32)
+    middle = jnp.arange(1 << (nu - 2), dtype=jnp.uint32)
+    signs = jnp.asarray([[1.0, -1.0], [-1.0, 1.0]])[:, None]  # by the oldest bit and the newest
     half = num_bits // 2
     numbers = jnp.arange(num_bits, dtype=jnp.uint32)
 
     def score(block: jax.Array, weight: jax.Array) -> jax.Array:
-        g = randomness.normals(key, block, states, weight.shape[-1])
-        return weight[:, 0] @ g.T + weight[:, 1] @ (g**2).T  # [B, states]
+        g = randomness.normals(key, block, middle, weight.shape[-1])
+        linear, square = weight[:, 0] @ g.T, weight[:, 1] @ (g**2).T  # [B, 2^(nu - 2)]
+        total = square[:, None, :, None] + linear[:, None, :, None] * signs
+        return total.reshape(len(weight), -1)  # [B, states]
 
     def forward(
         metric: jax.Array, given: tuple[jax.Array, jax.Array]
@@ -90,22 +98,22 @@ def decode(key: jax.Array, bits: jax.Array, dimensions: int, nu: int = 12) -> ja
                    for shift in range(min(nu, num_bits))]  # fmt: skip
     states = sum(newest_last[1:], newest_last[0])
     numbers = jnp.arange(num_bits, dtype=jnp.uint32)
-    places = _places(key, dimensions, num_bits)
-    width = places.shape[1]
-    z = jax.vmap(lambda k, s: randomness.normals(key, k, s, width), (0, 1), 1)(numbers, states)
+    places = _places(dimensions, num_bits)
+    width, length = places.shape[1], min(nu, num_bits)
+    z = jax.vmap(lambda k, s: _codeword(key, k, s, width, length), (0, 1), 1)(numbers, states)
     # What pads a block goes to one place more, which is cut off.
     flat = jnp.zeros((len(bits), dimensions + 1)).at[:, places].set(z)
     return flat[:, :dimensions]
 
 
 def _check(dimensions: int, num_bits: int, nu: int) -> None:
-    if not 1 <= num_bits <= dimensions:
+    if not 3 <= num_bits <= dimensions:
         raise ValueError(
-            f"{num_bits} bits for {dimensions} dimensions: a block has one bit and at least one of "
-            "them; take more steps"
+            f"{num_bits} bits for {dimensions} dimensions: must be at least 3, and no more than the "
+            "dimensions; take other steps"
         )
-    if not 1 <= nu <= 16:
-        raise ValueError(f"nu = {nu}: must be a whole number in 1..16, 2^nu states")
+    if not 3 <= nu <= 16:
+        raise ValueError(f"nu = {nu}: must be a whole number in 3..16, 2^nu states")
 
 
 def _weights(target: Target) -> jax.Array:
@@ -114,19 +122,28 @@ def _weights(target: Target) -> jax.Array:
     return jnp.stack([m / v, 0.5 - 0.5 / v], axis=1)
 
 
-def _places(key: jax.Array, dimensions: int, num_bits: int) -> np.ndarray | jax.Array:
+def _codeword(
+    key: jax.Array, block: jax.Array, state: jax.Array, width: int, length: int
+) -> jax.Array:
+    """Returns the codewords of states of `length` bits: of the key's table, with the sign."""
+    middle = (state >> 1) & np.uint32((1 << (length - 2)) - 1)
+    flipped = (state ^ (state >> (length - 1))) & 1
+    g = randomness.normals(key, block, middle, width)
+    return jnp.where(flipped[..., None] == 1, -g, g)
+
+
+def _places(dimensions: int, num_bits: int) -> np.ndarray:
     """Returns which dimensions each block has, int[n, width], `dimensions` where there is none."""
     edges = np.arange(num_bits + 1) * dimensions // num_bits
     width = int(np.diff(edges).max())
     inside = edges[:-1, None] + np.arange(width)
-    order = jnp.append(randomness.permutation(key, dimensions), dimensions)
-    return order[np.where(inside < edges[1:, None], inside, dimensions)]
+    return np.where(inside < edges[1:, None], inside, dimensions)
 
 
-def _in_blocks(key: jax.Array, x: jax.Array, num_bits: int) -> jax.Array:
+def _in_blocks(x: jax.Array, num_bits: int) -> jax.Array:
     """Returns x [B, 2, D] by blocks, [n, B, 2, width], with zeros where a block has no more."""
     padded = jnp.pad(x, ((0, 0), (0, 0), (0, 1)))
-    return jnp.moveaxis(padded[..., _places(key, x.shape[-1], num_bits)], 2, 0)
+    return jnp.moveaxis(padded[..., _places(x.shape[-1], num_bits)], 2, 0)
 
 
 def _best_of_all(key: jax.Array, weights: jax.Array, num_bits: int) -> jax.Array:
@@ -137,7 +154,7 @@ def _best_of_all(key: jax.Array, weights: jax.Array, num_bits: int) -> jax.Array
 
     def add(total: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         block, state, weight = given
-        g = randomness.normals(key, block, state, weight.shape[-1])
+        g = _codeword(key, block, state, weight.shape[-1], num_bits)
         return total + weight[:, 0] @ g.T + weight[:, 1] @ (g**2).T, None
 
     given = (jnp.arange(num_bits, dtype=jnp.uint32), states.T, weights)

@@ -92,5 +92,5 @@ def test_what_cannot_be_sent_is_refused():
     aim = target(0.5, 12, batch=1)
     with pytest.raises(ValueError, match="13 bits for 12 dimensions"):
         trellis.encode(KEY, aim, 13)
-    with pytest.raises(ValueError, match=r"nu = 17: must be a whole number in 1\.\.16"):
+    with pytest.raises(ValueError, match=r"nu = 17: must be a whole number in 3\.\.16"):
         trellis.decode(KEY, jnp.zeros((1, 4), bool), 12, nu=17)
