@@ -109,8 +109,8 @@ def decode(key: jax.Array, bits: jax.Array, dimensions: int, nu: int = 12) -> ja
 def _check(dimensions: int, num_bits: int, nu: int) -> None:
     if not 3 <= num_bits <= dimensions:
         raise ValueError(
-            f"{num_bits} bits for {dimensions} dimensions: must be at least 3, and no more than the "
-            "dimensions; take other steps"
+            f"{num_bits} bits for {dimensions} dimensions: must be at least 3 and at most those; "
+            "take other steps"
         )
     if not 3 <= nu <= 16:
         raise ValueError(f"nu = {nu}: must be a whole number in 3..16, 2^nu states")
