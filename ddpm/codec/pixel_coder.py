@@ -112,7 +112,10 @@ def decode(mean: np.ndarray, data: bytes) -> np.ndarray:
     weights, row = _weights_of(chosen, np.concatenate([np.zeros(0, np.int64), *corrected]))
     found = [np.zeros(0, np.int32)]
     for i in range(0, len(row), _CHUNK):
-        found.append(coder.decode(family, weights[row[i : i + _CHUNK]]))
+        try:
+            found.append(coder.decode(family, weights[row[i : i + _CHUNK]]))
+        except AssertionError as error:  # constriction's, of words that it does not write
+            raise ValueError("the code of the pixels is damaged") from error
     return np.concatenate(found).astype(np.uint8)
 
 
@@ -158,7 +161,7 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
 def _cdf(edge: np.ndarray, parts: int, scale: np.ndarray) -> np.ndarray:
     """Returns the CDF's table at an edge, its distance from the mean in 1/(2 parts) of a level."""
     cdf, inverse = _tables()
-    place = (edge * inverse[scale] * _PER_SIGMA) // (2 * parts << _UNIT)
+    place = edge * (inverse[scale] * _PER_SIGMA // (2 * parts)) >> _UNIT
     return cdf[np.clip(place, -_FURTHEST, _FURTHEST) + _FURTHEST]
 
 
