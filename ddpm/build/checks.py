@@ -11,7 +11,7 @@ from ddpm.build.objective import EMAS, LOSSES, PREDICTIONS, TIMES, WEIGHTS, chec
 from ddpm.build.sampler import GRIDS, SAMPLERS, check_sampling
 from ddpm.build.schedule import SCHEDULES, noise_schedule
 from ddpm.build.variance import SAMPLING_VARIANCES, VARIANCES
-from ddpm.config import TASKS, nearest, with_settings
+from ddpm.config import DECODERS, TASKS, nearest, with_settings
 from ddpm.config.combinations import check_keys, check_steering
 from ddpm.config.rules import check_values
 from ddpm.diffusion.schedules import NoiseSchedule
@@ -43,6 +43,7 @@ CHOICES: dict[str, Collection[str]] = {
     "sampling.variance": SAMPLING_VARIANCES,
     "sampling.grid": GRIDS,
     "editing.task": TASKS,
+    "codec.decoder": DECODERS,
     "evaluation.features": ("", *SHIPPED, "inception"),
     "evaluation.inception_resize": RESIZES,
 }

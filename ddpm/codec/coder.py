@@ -137,11 +137,13 @@ def encode_files(
     nu: int = 12,
     model: bytes = b"",
     layout: Layout | None = None,
+    picture: tuple[int, int] | None = None,
     progress: Callable[[int], object] = lambda number: None,
 ) -> list[Encoded]:
     """Returns F files of G images each, x_0 [F, G, ...]: as `encode`, with their curves.
 
-    `layout` is chosen by `choose_layout` if left out; `progress` is called after each packet.
+    `layout` is chosen by `choose_layout` if left out; `picture` is height and width of that of
+    which the G images are tiles (`tiles.cut`); `progress` is called after each packet.
     """
     x_0 = jnp.float32(check_scaled(x_0))
     pixels = _pixels(x_0) if lossless else None

@@ -5,9 +5,9 @@
     1      version, 1
     6      the model: the first bytes of a digest of its weights and schedule
     4      seed of the shared random numbers
-    2      images in the file, together
-    2 2 1  height, width and channels of each; 0 for those that vectors do not have
-    1      nu, the bits of the trellis' state; 128 more if lossless
+    2      images in the file, together; of a picture in tiles, a tile's height - 1 and width - 1
+    2 2 1  height, width and channels of each, or of the picture; 0 for those that vectors lack
+    1      nu, the bits of the trellis' state; 64 more if in tiles, 128 more if lossless
     2      lanes of a packet
     2      bits of a lane
     2      packets of the whole file
@@ -29,13 +29,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm.codec.packets import CHANGE_BITS, Layout
+from ddpm.codec.tiles import count_tiles
 
 MAGIC = b"DDPM"
 VERSION = 1
 _FIELDS = struct.Struct("<4sB6sIHHHBBHHHBII")
 HEADER_BYTES = _FIELDS.size + 2
 MODEL_BYTES = 6
-_LOSSLESS = 0x80
+_LOSSLESS, _TILED = 0x80, 0x40
 
 
 class Header(NamedTuple):
@@ -49,6 +50,7 @@ class Header(NamedTuple):
     stride: int
     pixel_bytes: int
     crc: int
+    picture: tuple[int, int] | None = None  # height and width of what is in tiles
 
     @property
     def packets_bytes(self) -> int:
@@ -58,13 +60,16 @@ class Header(NamedTuple):
 
 def pack_header(header: Header) -> bytes:
     """Returns the header's bytes. Raises ValueError for what has no place in it."""
-    layout = header.layout
-    shape = (*layout.shape, 0, 0)[:3]
+    layout, picture = header.layout, header.picture
+    shape, images = (*layout.shape, 0, 0)[:3], layout.images
+    if picture is not None:
+        images = shape[0] - 1 << 8 | shape[1] - 1
+        shape = (*picture, *shape[2:])
+    kind = layout.nu | _LOSSLESS * header.lossless | _TILED * (picture is not None)
     try:
-        fields = _FIELDS.pack(MAGIC, VERSION, header.model, header.seed, layout.images, *shape,
-                              layout.nu | _LOSSLESS * header.lossless, layout.lanes, layout.bits,
-                              header.packets, header.stride, header.pixel_bytes,
-                              header.crc)  # fmt: skip
+        fields = _FIELDS.pack(MAGIC, VERSION, header.model, header.seed, images, *shape, kind,
+                              layout.lanes, layout.bits, header.packets, header.stride,
+                              header.pixel_bytes, header.crc)  # fmt: skip
     except struct.error as error:
         raise ValueError(
             f"{layout.images} images of shape {layout.shape} have no place in a file's header "
@@ -86,15 +91,20 @@ def read_header(data: bytes) -> Header:
         raise ValueError(f"of format version {version}: this program reads version {VERSION}")
     if data[_FIELDS.size : HEADER_BYTES] != struct.pack("<H", zlib.crc32(fields) & 0xFFFF):
         raise ValueError("the header is damaged: its check sum is another")
+    picture = None
+    if kind & _TILED:
+        picture, tile = (height, width), (1 + (images >> 8), 1 + (images & 255))
+        images = count_tiles(picture, tile)
+        height, width = tile
     shape = tuple(size for size in (height, width, channels) if size)
-    nu, lossless = kind & ~_LOSSLESS, bool(kind & _LOSSLESS)
+    nu, lossless = kind & 31, bool(kind & _LOSSLESS)
     layout = Layout(images, shape, lanes, bits, nu)
     sizes = images >= 1 and shape == (height, width, channels)[: len(shape)] and len(shape) > 0
     trellis = 3 <= nu <= 16 and lanes >= 1 and bits >= 3 and sizes and bits <= layout.lane
     # A packet has one bit or more for each image: so a file's size bounds what is allocated.
     if not trellis or lanes * bits < images or not packets or (pixel_bytes and not lossless):
         raise ValueError("the header is damaged: its fields contradict each other")
-    return Header(lossless, model, seed, layout, packets, stride, pixel_bytes, crc)
+    return Header(lossless, model, seed, layout, packets, stride, pixel_bytes, crc, picture)
 
 
 def pack_packets(changes: list[int], bits: list[np.ndarray]) -> bytes:

@@ -4,11 +4,12 @@ config = ddpm.config.default()
 config.training.batch_size = 64
 """
 
-from ddpm.config.keys import PARTS, TASKS, WITHOUT_FLOW, default
+from ddpm.config.keys import DECODERS, PARTS, TASKS, WITHOUT_FLOW, default
 from ddpm.config.tree import flatten, nearest, to_json, variant, with_settings
 
 __all__ = [
     "PARTS",
+    "DECODERS",
     "TASKS",
     "WITHOUT_FLOW",
     "default",

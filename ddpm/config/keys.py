@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 PARTS = ("bound", "flow", "distances", "neighbours", "pictures", "energy")  # of --mode=evaluate
 OF_ANY = PARTS[:-1]  # those of models without a normalised energy too
+DECODERS = ("mean", "ancestral", "flow")  # of --mode=decompress
 TASKS = ("vary", "inpaint", "interpolate", "reconstruct")  # of --mode=edit
 WITHOUT_FLOW = tuple(part for part in OF_ANY if part != "flow")  # for models without one
 
@@ -160,6 +161,12 @@ def default() -> ConfigDict:
     config.editing.resamplings = 10  # and how often each step is taken; 1: never goes back
     config.editing.fractions = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
     config.editing.iterations = 20  # for reconstruct, at each step
+
+    config.codec = ConfigDict()  # --mode=compress and decompress
+    config.codec.nu = 12  # bits of the trellis' state: each more takes twice the time, for less bits
+    config.codec.together = 1  # images of the model's size in one file: more together, fewer bits
+    config.codec.seed = 0
+    config.codec.decoder = "mean"  # of a file's x_t; or a sample, 'ancestral', or by the 'flow'
 
     config.comparison = ConfigDict()  # --mode=compare
     # Each is a sampler with other keys of config.sampling: "dpm_solver order=3 grid=karras".

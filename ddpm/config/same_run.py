@@ -9,7 +9,7 @@ from ddpm.config.tree import flatten, to_json
 from ddpm.errors import InputError
 
 # Keys, or beginnings of keys, that no weight depends on.
-_FREE = ("sampling.", "editing.", "comparison.", "evaluation.", "training.steps",
+_FREE = ("sampling.", "editing.", "codec.", "comparison.", "evaluation.", "training.steps",
          "training.log_every", "training.sample_every", "training.checkpoint",
          "training.ema_snapshot_every", "data.on_device")  # fmt: skip
 # Keys that the weights depend on from here on: a change is reported.
