@@ -162,10 +162,13 @@ def encode_files(
         estimated = estimate(denoiser, state.x_t, state.t)
         error_now = packets.squared_error(x_0, estimated)
         errors.append(np.asarray(error_now))
+        words = np.uint32(seed), np.uint32(len(sent))
+        w = packets.spread(schedule, denoiser, layout, *words, state.x_t, state.t)
+        gain = packets.snr_gain(x_0, estimated, packets.variance_ratio(layout.kl, w))
         if not np.isfinite(errors[-1]).all():
             raise ValueError("the denoiser's x_0 is not finite")
         if not sent:
-            stride = packets.first_stride(schedule, layout, error_now, state.t)
+            stride = packets.first_stride(schedule, state.t, gain)
             state, first = state._replace(stride=stride), np.asarray(stride)
         if pixels is not None:
             now = np.asarray(estimated).reshape(pixels.shape)
@@ -173,7 +176,7 @@ def encode_files(
             for i in files:
                 if _total_bits(layout, pixel_bits, i).argmin() == len(sent):
                     means[i] = now[i]
-        last = np.asarray(packets.too_coarse(schedule, layout, state, error_now))
+        last = np.asarray(packets.too_coarse(schedule, state.t, gain))
         ends = [
             _end(
                 layout,
@@ -187,9 +190,7 @@ def encode_files(
         ]
         if None not in ends:
             break
-        state, packet, kl = packets.send(
-            schedule, layout, np.uint32(seed), np.uint32(len(sent)), state, x_0, estimated
-        )
+        state, packet, kl = packets.send(schedule, layout, *words, state, x_0, estimated, w)
         sent.append(jax.tree.map(np.asarray, packet))
         kls.append(np.asarray(kl))
         progress(len(sent))
@@ -239,7 +240,9 @@ def decodings(
         if int(state.t[0]) == 1:
             raise ValueError("the packets are damaged: they go on after t = 1")
         packet = Packet(jnp.asarray(changes[number])[None], jnp.asarray(bits[number])[None])
-        state = packets.receive(schedule, layout, seed, np.uint32(number), state, packet, estimated)
+        words = seed, np.uint32(number)
+        w = packets.spread(schedule, denoiser, layout, *words, state.x_t, state.t)
+        state = packets.receive(schedule, layout, *words, state, packet, estimated, w)
         estimated = estimate(denoiser, state.x_t, state.t)
         rate = (number + 1) * layout.packet_bits / layout.dimensions
         yield Decoded(estimated[0], state.x_t[0], int(state.t[0]), rate, number + 1)

@@ -7,7 +7,7 @@
     4      seed of the shared random numbers
     2      images in the file, together; of a picture in tiles, a tile's height - 1 and width - 1
     2 2 1  height, width and channels of each, or of the picture; 0 for those that vectors lack
-    1      nu, the bits of the trellis' state; 64 more if in tiles, 128 more if lossless
+    1      nu, the bits of the trellis' state; 32 more with spreads, 64 in tiles, 128 lossless
     2      lanes of a packet
     2      bits of a lane
     2      packets of the whole file
@@ -36,7 +36,7 @@ VERSION = 1
 _FIELDS = struct.Struct("<4sB6sIHHHBBHHHBII")
 HEADER_BYTES = _FIELDS.size + 2
 MODEL_BYTES = 6
-_LOSSLESS, _TILED = 0x80, 0x40
+_LOSSLESS, _TILED, _SPREADS, _NU = 0x80, 0x40, 0x20, 0x1F
 
 
 class Header(NamedTuple):
@@ -65,7 +65,8 @@ def pack_header(header: Header) -> bytes:
     if picture is not None:
         images = shape[0] - 1 << 8 | shape[1] - 1
         shape = (*picture, *shape[2:])
-    kind = layout.nu | _LOSSLESS * header.lossless | _TILED * (picture is not None)
+    kind = layout.nu | _SPREADS * layout.spreads
+    kind |= _TILED * (picture is not None) | _LOSSLESS * header.lossless
     try:
         fields = _FIELDS.pack(MAGIC, VERSION, header.model, header.seed, images, *shape, kind,
                               layout.lanes, layout.bits, header.packets, header.stride,
@@ -97,8 +98,8 @@ def read_header(data: bytes) -> Header:
         images = count_tiles(picture, tile)
         height, width = tile
     shape = tuple(size for size in (height, width, channels) if size)
-    nu, lossless = kind & 31, bool(kind & _LOSSLESS)
-    layout = Layout(images, shape, lanes, bits, nu)
+    nu, lossless = kind & _NU, bool(kind & _LOSSLESS)
+    layout = Layout(images, shape, lanes, bits, nu, bool(kind & _SPREADS))
     sizes = images >= 1 and shape == (height, width, channels)[: len(shape)] and len(shape) > 0
     trellis = 3 <= nu <= 16 and lanes >= 1 and bits >= 3 and sizes and bits <= layout.lane
     # A packet has one bit or more for each image: so a file's size bounds what is allocated.

@@ -3,13 +3,15 @@
 The encoder sends draws from q(x_s | x_t, x_0) to a decoder that has p(x_s | x_t) only. All
 dimensions of a file's images are one vector of N numbers, and each packet is of the same number of
 bits, n = 1.05 KL: it is s that is chosen for it. p's mean is the posterior's at the denoiser's x_0,
-and its variance rho times the posterior's, rho = 2^(2 KL / N). With e the mean squared error of the
-denoiser's x_0, the step in which
+and its variance r_i = 1 + lambda w_i times the posterior's, where
 
-    (SNR_s - SNR_t) e = rho - 1
+    KL = 1/2 sum log r_i,    (SNR_s - SNR_t) sum (x_0 - x_0')_i^2 / r_i = sum (1 - 1 / r_i).
 
-has that KL, and rho is its optimal variance (Analytic-DPM's, for these images). So to the trellis
-all packets look alike: a target N(m, 1/rho) of mean |m|^2 = N (1 - 1/rho).
+The first gives lambda. The second, by which the KL of the step is that, gives s; r is the optimal
+variance then (Analytic-DPM's, for these images) if the squared error of the denoiser's x_0' is in
+proportion to the **spread** w, which has mean 1. It is 1 all over, or by the denoiser itself:
+Var[x_0 | x_t] = sigma^2 / alpha dx_0'/dx_t. To the trellis all packets look alike: targets of
+variance 1 / r_i, with N - sum 1 / r_i the square of their mean.
 
 A packet is 4 bits that say by how much the stride t - s changes, and n bits of the trellis. The
 dimensions are shuffled and cut into lanes of a few hundred bits, which share their codewords.
@@ -32,6 +34,7 @@ RATIO = 1.05  # bits for each of the KL: what is sent is then spread as a draw f
 CHANGE_BITS = 4
 _SLOWER = 11  # of the 16 changes of the stride, those that shorten it
 _START = 0xFFFFFFFF  # the number of the packet that is not sent, x_T
+_SIGNS = 0xFFFFFFFE  # the block of a packet's numbers that is not the trellis'
 
 
 class Layout(NamedTuple):
@@ -42,6 +45,7 @@ class Layout(NamedTuple):
     lanes: int
     bits: int
     nu: int = 12
+    spreads: bool = False  # the spread is the denoiser's own, not 1 all over
 
     @property
     def dimensions(self) -> int:
@@ -59,9 +63,9 @@ class Layout(NamedTuple):
         return CHANGE_BITS + self.lanes * self.bits
 
     @property
-    def rho(self) -> float:
-        """The variance of p(x_s | x_t) over the posterior's: 2^(2 KL / N)."""
-        return 2 ** (2 * self.lanes * self.bits / (RATIO * self.dimensions))
+    def kl(self) -> float:
+        """The KL of a packet in nats, over N."""
+        return math.log(2) * self.lanes * self.bits / (RATIO * self.dimensions)
 
 
 class State(NamedTuple):
@@ -104,18 +108,66 @@ def estimate(denoiser: Denoiser, x_t: jax.Array, t: jax.Array) -> jax.Array:
     return predict(denoiser, flat, jnp.repeat(t, x_t.shape[1])).x_0.reshape(x_t.shape)
 
 
+@functools.partial(jax.jit, static_argnames=("denoiser", "layout"))
+def spread(
+    schedule: NoiseSchedule,
+    denoiser: Denoiser,
+    layout: Layout,
+    seed: jax.Array,
+    number: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+) -> jax.Array:
+    """Returns w [F, G, ...], of mean 1 in each file: the diagonal of dx_0/dx_t, where the layout
+    has it, by one random sign for each dimension (Hutchinson) and two calls of the denoiser.
+
+    Where images are not independent in their dimensions it is noisy; it is 0.02 at least.
+    """
+    if not layout.spreads:
+        return jnp.ones_like(x_t)
+    block, row = jnp.uint32(_SIGNS), jnp.uint32(0)
+    z = randomness.normals(_key(seed, number), block, row, layout.dimensions)
+    sign = jnp.sign(z).reshape(x_t.shape[1:])  # no number of the table is 0
+    small = expand_like(0.1 * schedule.at(t).sigma, x_t)
+    ahead = estimate(denoiser, x_t + small * sign, t) - estimate(denoiser, x_t - small * sign, t)
+    w = sign * ahead / (2 * small)
+    mean = w.mean(axis=range(1, w.ndim), keepdims=True)
+    relative = jnp.maximum(w / jnp.where(mean > 1e-6, mean, 1.0), 0.02)
+    relative = relative / relative.mean(axis=range(1, w.ndim), keepdims=True)
+    return jnp.where(mean > 1e-6, relative, 1.0)
+
+
+def variance_ratio(kl: jax.typing.ArrayLike, w: jax.Array) -> jax.Array:
+    """Returns r = 1 + lambda w [F, G, ...] with a KL, in nats over N, of 1/2 mean log r."""
+    axes = tuple(range(1, w.ndim))
+
+    def halved(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        over = jnp.log1p(jnp.exp(middle) * w).mean(axis=axes, keepdims=True) > 2 * kl
+        return jnp.where(over, low, middle), jnp.where(over, middle, high)
+
+    ones = jnp.ones_like(w, shape=(len(w),) + (1,) * len(axes))
+    low, high = jax.lax.fori_loop(0, 40, halved, (-30 * ones, 30 * ones))
+    return 1 + jnp.exp((low + high) / 2) * w
+
+
+def snr_gain(x_0: jax.Array, estimated: jax.Array, ratio: jax.Array) -> jax.Array:
+    """Returns SNR_s - SNR_t of the packet [F], for a variance ratio [F, G, ...]."""
+    axes = range(1, x_0.ndim)
+    error = ((x_0 - estimated) ** 2 / ratio).sum(axis=axes)
+    return (1 - 1 / ratio).sum(axis=axes) / jnp.maximum(error, 1e-20)
+
+
 def squared_error(x_0: jax.Array, estimated: jax.Array) -> jax.Array:
     """Returns the mean squared error of each file's images, [F]; at least 1e-12."""
     return jnp.maximum(((x_0 - estimated) ** 2).mean(axis=range(1, x_0.ndim)), 1e-12)
 
 
-def first_stride(
-    schedule: NoiseSchedule, layout: Layout, error: jax.Array, t: jax.Array
-) -> jax.Array:
-    """Returns the best stride of a packet at t [F] for a squared error [F], of all there are."""
+def first_stride(schedule: NoiseSchedule, t: jax.Array, gain: jax.Array) -> jax.Array:
+    """Returns the stride at t [F], of all there are, that is nearest to a gain of SNR [F]."""
     every = jnp.arange(len(strides(schedule.num_steps)), dtype=jnp.int32)
-    candidates = jnp.broadcast_to(every, (len(t), len(every)))
-    return _nearest(schedule, layout, error, t, candidates)[1]
+    return _nearest(schedule, t, gain, jnp.broadcast_to(every, (len(t), len(every))))[1]
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -127,26 +179,25 @@ def send(
     state: State,
     x_0: jax.Array,
     estimated: jax.Array,
+    w: jax.Array,
 ) -> tuple[State, Packet, jax.Array]:
     """Returns the state after a packet, the packet, and the KL that it is of, in bits [F].
 
-    `estimated` is the denoiser's x_0 at the state; `number` counts packets from 0.
+    `estimated` is the denoiser's x_0 at the state, w its spread; `number` counts packets from 0.
     """
-    error = squared_error(x_0, estimated)
-    changes = jnp.arange(1 << CHANGE_BITS, dtype=jnp.int32)
-    candidates = _changed(schedule, state.stride[:, None], changes)
-    change, stride = _nearest(schedule, layout, error, state.t, candidates)
-    s = _earlier(schedule, state.t, stride)
-    step = schedule.between(s, state.t)
+    ratio = variance_ratio(layout.kl, w)
+    candidates = _changed(schedule, state.stride[:, None], jnp.arange(1 << CHANGE_BITS))
+    change, stride = _nearest(schedule, state.t, snr_gain(x_0, estimated, ratio), candidates)
+    step = schedule.between(_earlier(schedule, state.t, stride), state.t)
     of_x_0, _ = posterior_coefficients(step)
-    prior = layout.rho * step.posterior_variance
-    mean = expand_like(of_x_0 / jnp.sqrt(prior), x_0) * (x_0 - estimated)
+    scale = expand_like(of_x_0 / jnp.sqrt(step.posterior_variance), x_0)
+    mean = scale * (x_0 - estimated) / jnp.sqrt(ratio)
     key = _key(seed, number)
-    bits = trellis.encode(key, _target(layout, key, mean), layout.bits, layout.nu)
+    bits = trellis.encode(key, _target(layout, key, mean, 1 / ratio), layout.bits, layout.nu)
     packet = Packet(change, bits.reshape(len(x_0), layout.lanes, layout.bits))
-    gain = jnp.exp(schedule.at(s).high) * step.snr_loss * error
-    kl = layout.dimensions / 2 * jnp.log2(1 + gain)
-    return receive(schedule, layout, seed, number, state, packet, estimated), packet, kl
+    kl = trellis.kl(trellis.Target(*(x.reshape(len(x), -1) for x in (mean, 1 / ratio))))
+    found = receive(schedule, layout, seed, number, state, packet, estimated, w)
+    return found, packet, kl / math.log(2)
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -158,6 +209,7 @@ def receive(
     state: State,
     packet: Packet,
     estimated: jax.Array,
+    w: jax.Array,
 ) -> State:
     """Returns the state after a packet that came; the arguments are as in `send`."""
     stride = _changed(schedule, state.stride, packet.change)
@@ -169,25 +221,17 @@ def receive(
     z = trellis.decode(key, lanes, layout.lane, layout.nu).reshape(len(s), -1)
     order = randomness.permutation(key, layout.dimensions)
     noise = jnp.zeros((len(s), layout.dimensions)).at[:, order].set(z[:, : layout.dimensions])
-    spread = jnp.sqrt(layout.rho * step.posterior_variance)
     x = state.x_t
-    x_s = (
-        expand_like(of_x_0, x) * estimated
-        + expand_like(of_x_t, x) * x
-        + expand_like(spread, x) * noise.reshape(x.shape)
-    )
-    return State(x_s, s, stride)
+    variance = expand_like(step.posterior_variance, x) * variance_ratio(layout.kl, w)
+    x_s = expand_like(of_x_0, x) * estimated + expand_like(of_x_t, x) * x
+    return State(x_s + jnp.sqrt(variance) * noise.reshape(x.shape), s, stride)
 
 
-def too_coarse(
-    schedule: NoiseSchedule, layout: Layout, state: State, error: jax.Array
-) -> jax.Array:
+def too_coarse(schedule: NoiseSchedule, t: jax.Array, gain: jax.Array) -> jax.Array:
     """Returns for which of the files no packet more can be sent, bool[F]: t is 1, or a stride of 1
-    has more than 1.3 times a packet's KL."""
-    step = schedule.between(jnp.maximum(state.t - 1, 1), state.t)
-    gain = jnp.exp(step.s.high) * step.snr_loss * error
-    most = jnp.log(layout.rho) * 1.3
-    return (state.t == 1) | (jnp.log1p(gain) > most)
+    has more than 1.5 times the gain of SNR that a packet is of."""
+    step = schedule.between(jnp.maximum(t - 1, 1), t)
+    return (t == 1) | (jnp.exp(step.s.high) * step.snr_loss > 1.5 * gain)
 
 
 def _key(seed: jax.Array | int, number: jax.Array | int) -> jax.Array:
@@ -203,29 +247,22 @@ def _earlier(schedule: NoiseSchedule, t: jax.Array, stride: jax.Array) -> jax.Ar
 
 
 def _nearest(
-    schedule: NoiseSchedule,
-    layout: Layout,
-    error: jax.Array,
-    t: jax.Array,
-    candidates: jax.Array,
+    schedule: NoiseSchedule, t: jax.Array, gain: jax.Array, candidates: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns which of the candidates [F, K] is nearest to (SNR_s - SNR_t) e = rho - 1, and its
-    stride."""
-    s = _earlier(schedule, t[:, None], candidates)
-    step = schedule.between(s, t[:, None])
-    gain = step.s.high + jnp.log(step.snr_loss) + jnp.log(error)[:, None]
-    best = jnp.abs(gain - math.log(layout.rho - 1)).argmin(axis=1)
+    """Returns which of the candidates [F, K] is nearest to a gain of SNR, and its stride."""
+    step = schedule.between(_earlier(schedule, t[:, None], candidates), t[:, None])
+    gains = step.s.high + jnp.log(step.snr_loss)
+    best = jnp.abs(gains - jnp.log(gain)[:, None]).argmin(axis=1)
     return best.astype(jnp.int32), jnp.take_along_axis(candidates, best[:, None], axis=1)[:, 0]
 
 
-def _target(layout: Layout, key: jax.Array, mean: jax.Array) -> trellis.Target:
+def _target(layout: Layout, key: jax.Array, mean: jax.Array, variance: jax.Array) -> trellis.Target:
     """Returns the targets of all lanes [F * lanes, lane]; what pads the last is as the prior."""
     order = randomness.permutation(key, layout.dimensions)
-    missing = layout.lanes * layout.lane - layout.dimensions
-    shuffled = jnp.pad(mean.reshape(len(mean), -1)[:, order], ((0, 0), (0, missing)))
-    variance = jnp.pad(
-        jnp.full((len(mean), layout.dimensions), 1 / layout.rho),
-        ((0, 0), (0, missing)),
-        constant_values=1.0,
-    )
-    return trellis.Target(*(x.reshape(-1, layout.lane) for x in (shuffled, variance)))
+    more = ((0, 0), (0, layout.lanes * layout.lane - layout.dimensions))
+
+    def cut(x: jax.Array, padding: float) -> jax.Array:
+        shuffled = jnp.pad(x.reshape(len(x), -1)[:, order], more, constant_values=padding)
+        return shuffled.reshape(-1, layout.lane)
+
+    return trellis.Target(cut(mean, 0.0), cut(variance, 1.0))

@@ -2,7 +2,7 @@
 
 A step's KL is of a Gaussian p, which the true reverse transition is near for short steps alone; and
 the trellis costs the more over the KL, the fewer bits a lane has. Both are known before anything is
-sent, from the squared error of the denoiser's x_0 over time.
+sent, from what packets of each size would gain at a few times.
 """
 
 import functools
@@ -12,30 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm.codec.packets import CHANGE_BITS, RATIO, Layout, estimate
+from ddpm.codec import packets
+from ddpm.codec.packets import CHANGE_BITS, RATIO, Layout
 from ddpm.diffusion.gaussian import q_sample
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
 
 LANE_BITS = 400
 _LEAST_BITS = 16
-_TIMES = 12
-
-
-@functools.partial(jax.jit, static_argnames="denoiser")
-def squared_errors(
-    schedule: NoiseSchedule, denoiser: Denoiser, x_0: jax.Array, key: jax.Array, times: jax.Array
-) -> jax.Array:
-    """Returns the mean squared error of the denoiser's x_0 of x_0 [F, G, ...] at times [K]: [K]."""
-
-    def at(t: jax.Array) -> jax.Array:
-        eps = jax.random.normal(jax.random.fold_in(key, t), x_0.shape)
-        flat = x_0.reshape(-1, *x_0.shape[2:])
-        x_t = q_sample(schedule, flat, t, eps.reshape(flat.shape)).reshape(x_0.shape)
-        found = estimate(denoiser, x_t, jnp.broadcast_to(t, x_0.shape[:1]))
-        return ((found - x_0) ** 2).mean()
-
-    return jax.lax.map(at, times)
+_TIMES = 10
+_MOST_SPREAD = 0.33  # bits for each dimension of a lane, where few of them may have most of the KL
+_SPREADS_FROM = 0.97  # of the bits: what the spread must save, for two more calls at each packet
 
 
 def choose_layout(
@@ -51,50 +38,94 @@ def choose_layout(
     """Returns the layout for files of x_0 [F, G, ...] that should cost the fewest bits.
 
     It is for files that end at a rate in bits/dim or at a mean squared error, whichever is given
-    and comes first; else at t = 1. Takes 12 calls of the denoiser.
+    and comes first; else at t = 1. Calls the denoiser 30 times.
     """
     log_snr = np.asarray(schedule.log_snr, np.float64)
     wanted = np.linspace(max(log_snr[-1], -8.0), log_snr[1], _TIMES)
     times = 1 + np.abs(log_snr[1:, None] - wanted).argmin(axis=0)
-    key = jax.random.key(seed)
-    found = np.asarray(
-        squared_errors(schedule, denoiser, x_0, key, jnp.asarray(times, jnp.int32)), np.float64
+    layouts = _layouts(x_0.shape[1], x_0.shape[2:], nu)
+    measured = _measured(
+        schedule,
+        denoiser,
+        layouts[0]._replace(spreads=True),
+        jnp.asarray([layout.kl for layout in layouts]),
+        x_0,
+        jax.random.key(seed),
+        jnp.asarray(times, jnp.int32),
     )
-    # On a fine grid, in which the KL of infinitely many steps is a sum.
+    errors, gains = (np.asarray(x, np.float64) for x in measured)
     places = np.linspace(log_snr[times[0]], log_snr[times[-1]], 4000)
-    errors = np.exp(np.interp(places, log_snr[times], np.log(np.maximum(found, 1e-12))))
     snr = np.exp(places)
-    ideal = np.append(0, np.cumsum(errors[:-1] * np.diff(snr))) / (2 * math.log(2))
+
+    def finely(x: np.ndarray) -> np.ndarray:
+        return np.exp(np.interp(places, log_snr[times], np.log(np.maximum(x, 1e-12))))
+
+    fine = finely(errors)
+    ideal = np.append(0, np.cumsum(fine[:-1] * np.diff(snr))) / (2 * math.log(2))
     ends = np.full(len(snr), False)
     if rate is not None:
         ends |= ideal >= rate
     if error is not None:
-        ends |= errors <= error
+        ends |= fine <= error
     end = int(ends.argmax()) if ends.any() else len(snr) - 1
-    images, shape = x_0.shape[1], x_0.shape[2:]
-    size = images * math.prod(shape)
-    best, least = None, math.inf
-    for layout in _layouts(images, shape, size, nu):
-        packets, place = 0.0, 0
-        while place < end:
-            gain = (layout.rho - 1) / errors[place]
-            later = int(np.searchsorted(snr, snr[place] + gain))
-            if later > end:  # a part of a packet
-                packets += (snr[end] - snr[place]) / gain
-            place, packets = max(later, place + 1), packets + (later <= end)
-        total = packets * (layout.packet_bits - CHANGE_BITS) * _overhead(layout.bits)
-        total += packets * CHANGE_BITS
-        if total < least:
-            best, least = layout, total
-    assert best is not None
-    return best
+    found = []
+    for spreads, most in ((False, 1.0), (True, 1 / _SPREADS_FROM)):
+        for i, layout in enumerate(layouts):
+            if spreads and layout.bits > _MOST_SPREAD * layout.lane and i:
+                break
+            count = _packets(snr, finely(gains[:, int(spreads), i]), end)
+            bits = (layout.packet_bits - CHANGE_BITS) * _overhead(layout.bits) + CHANGE_BITS
+            found.append((count * bits * most, i, layout._replace(spreads=spreads)))
+    return min(found)[2]
 
 
-def _layouts(images: int, shape: tuple[int, ...], size: int, nu: int) -> list[Layout]:
+@functools.partial(jax.jit, static_argnames=("denoiser", "layout"))
+def _measured(
+    schedule: NoiseSchedule,
+    denoiser: Denoiser,
+    layout: Layout,
+    kls: jax.Array,
+    x_0: jax.Array,
+    key: jax.Array,
+    times: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the denoiser's mean squared error at times [K], and the gain of SNR by packets of
+    KLs [L] there, without the spread and with it, [K, 2, L]: the means of all files."""
+
+    def at(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        eps = jax.random.normal(jax.random.fold_in(key, t), x_0.shape)
+        flat = x_0.reshape(-1, *x_0.shape[2:])
+        x_t = q_sample(schedule, flat, t, eps.reshape(flat.shape)).reshape(x_0.shape)
+        each = jnp.broadcast_to(t, x_0.shape[:1])
+        estimated = packets.estimate(denoiser, x_t, each)
+        w = packets.spread(schedule, denoiser, layout, jnp.uint32(0), jnp.uint32(t), x_t, each)
+
+        def gain(kl: jax.Array) -> jax.Array:
+            ratios = packets.variance_ratio(kl, jnp.ones_like(w)), packets.variance_ratio(kl, w)
+            return jnp.stack([packets.snr_gain(x_0, estimated, r).mean() for r in ratios])
+
+        error = packets.squared_error(x_0, estimated).mean()
+        return error, jax.lax.map(gain, kls).T
+
+    return jax.lax.map(at, times)
+
+
+def _packets(snr: np.ndarray, gain: np.ndarray, end: int) -> float:
+    """Returns how many packets it takes from snr[0] to snr[end], the last in part."""
+    count, place = 0.0, 0
+    while place < end:
+        later = int(np.searchsorted(snr, snr[place] + gain[place]))
+        if later > end:
+            return count + float((snr[end] - snr[place]) / gain[place])
+        place, count = max(later, place + 1), count + 1
+    return count
+
+
+def _layouts(images: int, shape: tuple[int, ...], nu: int) -> list[Layout]:
     """Returns the layouts to choose from: packets of 16 bits, or one for each image, and up to one
     bit for each dimension."""
-    found = []
-    total = float(min(size, max(_LEAST_BITS, images)))
+    size = images * math.prod(shape)
+    found, total = [], float(min(size, max(_LEAST_BITS, images)))
     while total <= size:
         lanes = max(1, round(total / LANE_BITS))
         found.append(Layout(images, shape, lanes, max(3, round(total / lanes)), nu))

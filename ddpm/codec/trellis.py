@@ -15,8 +15,8 @@ start, and once from there and back to it. Where n <= nu all 2^n sequences are t
 The newest and the oldest bit of a state flip the sign of its codeword, which the others choose. So
 the two ways on from a state are as far apart as can be, and so are the two that meet in the next:
 on white Gaussian data it costs, with nu = 12, 7 % more bits than an ideal coder at the same squared
-error, where independent codewords cost 9 %. A block's codewords are pieces of one sequence, of which each
-begins one number later, so that few numbers need be drawn. Take n = 1.05 KL(target || prior).
+error, where independent codewords cost 9 %. A block's codewords are pieces of one sequence, of
+which each begins one number later, so that few numbers need be drawn. Take n = 1.05 KL.
 
 Bits are of a fixed number: reading them needs no model.
 """
