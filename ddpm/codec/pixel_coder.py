@@ -12,8 +12,8 @@ every pixel can be coded, and has nothing to round.
 The network's output is not the same to the last bit on another machine or in another batch, and
 where it is close to the edge between two cells of the grid the decoder may round it to the wrong
 one. So the encoder sends parities of random halves of the cells' numbers, a few more than there
-are predictions within twice the **guard** of an edge. The decoder flips those closest to an edge,
-as few as explain the parities: an erasure code, at one bit for each doubtful prediction (their
+are predictions within the **guard** of an edge. The decoder moves those closest to an edge across
+it, as few as explain the parities: an erasure code, at one bit for each doubtful prediction (their
 places would cost several). A finer grid has more of them, so the encoder chooses the grid by all
 the bits.
 
@@ -139,9 +139,13 @@ def weights(number: np.ndarray, grid: int, scale: np.ndarray) -> np.ndarray:
     return np.diff(below, axis=1)
 
 
-def nearest_scale(sigma: np.ndarray) -> np.ndarray:
-    """Returns the number of the scale that is nearest to sigma, in pixel levels."""
-    return np.clip(np.rint(16 * (np.log2(sigma) + 4)), 0, SCALES - 1).astype(np.int64)
+def finest_weights(mean: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """Returns `weights`, as float32, of means and standard deviations in units of x_0, [N] each,
+    on the finest grid and the nearest scale: for who computes them twice exactly the same."""
+    _, parts = GRIDS[0]
+    number = np.rint(_levels(mean) * parts).astype(np.int64)
+    scale = np.rint(16 * (np.log2(sigma * HALF_RANGE) + 4)).clip(0, SCALES - 1)
+    return weights(number, 0, scale.astype(np.int64)).astype(np.float32)
 
 
 @functools.cache

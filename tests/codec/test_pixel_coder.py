@@ -105,7 +105,8 @@ def test_weights_are_the_discretised_gaussian():
     expected = np.diff(stats.norm.cdf((edges - level[:, None]) / sigma[:, None]), axis=1)
     found = pixel_coder.weights(number, 5, scale) / 2**24
     np.testing.assert_allclose(found, expected, atol=2e-4 * expected.max())
-    np.testing.assert_array_equal(pixel_coder.nearest_scale(1.01 * sigma), scale)
+    fine = pixel_coder.finest_weights(level / 127.5 - 1, 1.01 * sigma / 127.5)
+    np.testing.assert_array_equal(fine, pixel_coder.weights(number * 4, 0, scale))
 
 
 def test_bytes_of_earlier_versions_are_read():
