@@ -75,8 +75,9 @@ class _Cells(NamedTuple):
 def encode(x_0: np.ndarray, mean: np.ndarray, *, guard: float = GUARD) -> bytes:
     """Returns the code of pixels, uint8[N], given their predicted mean, float[N] in [-1, 1].
 
-    A decoder whose means differ by less than `guard` finds the same pixels. Raises ValueError for
-    other types and shapes, or means that are not finite.
+    A decoder whose means differ by less than `guard`, at random or all alike, finds the same
+    pixels; one whose means conspire may refuse. Raises ValueError for other types and shapes, or
+    means that are not finite.
     """
     pixels, level = _checked(x_0, mean)
     chosen, _ = _choose(pixels, level, guard)
