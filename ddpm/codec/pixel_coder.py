@@ -12,8 +12,8 @@ every pixel can be coded, and has nothing to round.
 The network's output is not the same to the last bit on another machine or in another batch, and
 where it is close to the edge between two cells of the grid the decoder may round it to the wrong
 one. So the encoder sends parities of random halves of the cells' numbers, a few more than there
-are predictions within twice the **guard** of an edge. The decoder flips those closest to an edge,
-as few as explain the parities: an erasure code, at one bit for each doubtful prediction (their
+are predictions within the **guard** of an edge. The decoder moves those closest to an edge across
+it, as few as explain the parities: an erasure code, at one bit for each doubtful prediction (their
 places would cost several). A finer grid has more of them, so the encoder chooses the grid by all
 the bits.
 
@@ -23,6 +23,7 @@ the bits.
     bytes    the range coder's 32-bit words, big-endian, without zeros at their end
 """
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -51,7 +52,7 @@ _BLOCK = 1 << 14  # pixels that share parities
 _SPARE = 8  # parities that check what the others correct
 _CHUNK = 1 << 12
 _SAMPLE = 1 << 14  # pixels by which the grid is chosen
-_FLUSH = 24  # bits that the range coder's end costs
+_FLUSH = 4  # bits that rounding to bytes costs
 
 
 class _Model(NamedTuple):
@@ -74,8 +75,9 @@ class _Cells(NamedTuple):
 def encode(x_0: np.ndarray, mean: np.ndarray, *, guard: float = GUARD) -> bytes:
     """Returns the code of pixels, uint8[N], given their predicted mean, float[N] in [-1, 1].
 
-    A decoder whose means differ by less than `guard` finds the same pixels. Raises ValueError for
-    other types and shapes, or means that are not finite.
+    A decoder whose means differ by less than `guard`, at random or all alike, finds the same
+    pixels; one whose means conspire may refuse. Raises ValueError for other types and shapes, or
+    means that are not finite.
     """
     pixels, level = _checked(x_0, mean)
     chosen, _ = _choose(pixels, level, guard)
@@ -83,13 +85,8 @@ def encode(x_0: np.ndarray, mean: np.ndarray, *, guard: float = GUARD) -> bytes:
     parities = [_parity(part.number, _parity_bytes(part, guard)) for part in _blocks(cells)]
     head = [chosen.grid | len(chosen.scales) - 1 << 4, *chosen.scales, *chosen.starts[1:]]
     sizes = [len(parity) for parity in parities]
-    coder = constriction.stream.queue.RangeEncoder()
-    family = constriction.stream.model.Categorical(perfect=False)
     weights, row = _weights_of(chosen, cells.number)
-    for i in range(0, len(pixels), _CHUNK):
-        part = slice(i, i + _CHUNK)
-        coder.encode(pixels[part].astype(np.int32), family, weights[row[part]])
-    words = coder.get_compressed().astype(">u4").tobytes().rstrip(b"\0")
+    words = _range_coded(pixels, weights, row)
     return bytes([*head, *sizes]) + b"".join(parities) + words
 
 
@@ -106,21 +103,12 @@ def decode(mean: np.ndarray, data: bytes) -> np.ndarray:
     for part, size in zip(_blocks(cells), sizes, strict=True):
         corrected.append(_corrected(part, data[at : at + size]))
         at += size
-    words = data[at:] + bytes(-len(data[at:]) % 4)
-    coder = constriction.stream.queue.RangeDecoder(np.frombuffer(words, ">u4").astype(np.uint32))
-    family = constriction.stream.model.Categorical(perfect=False)
-    weights, row = _weights_of(chosen, np.concatenate([np.zeros(0, np.int64), *corrected]))
-    found = [np.zeros(0, np.int32)]
-    for i in range(0, len(row), _CHUNK):
-        try:
-            found.append(coder.decode(family, weights[row[i : i + _CHUNK]]))
-        except AssertionError as error:  # constriction's, of words that it does not write
-            raise ValueError("the code of the pixels is damaged") from error
-    return np.concatenate(found).astype(np.uint8)
+    number = np.concatenate([np.zeros(0, np.int64), *corrected])
+    return _range_decoded(data[at:], *_weights_of(chosen, number)).astype(np.uint8)
 
 
 def cost(x_0: np.ndarray, mean: np.ndarray, *, guard: float = GUARD) -> float:
-    """Returns the bits that `encode` takes, to about one byte, without coding."""
+    """Returns the bits that `encode` takes, to a few bytes, without coding."""
     return _choose(*_checked(x_0, mean), guard)[1]
 
 
@@ -139,9 +127,13 @@ def weights(number: np.ndarray, grid: int, scale: np.ndarray) -> np.ndarray:
     return np.diff(below, axis=1)
 
 
-def nearest_scale(sigma: np.ndarray) -> np.ndarray:
-    """Returns the number of the scale that is nearest to sigma, in pixel levels."""
-    return np.clip(np.rint(16 * (np.log2(sigma) + 4)), 0, SCALES - 1).astype(np.int64)
+def finest_weights(mean: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """Returns `weights`, as float32, of means and standard deviations in units of x_0, [N] each,
+    on the finest grid and the nearest scale: for who computes them twice exactly the same."""
+    _, parts = GRIDS[0]
+    number = np.rint(_levels(mean) * parts).astype(np.int64)
+    scale = np.rint(16 * (np.log2(sigma * HALF_RANGE) + 4)).clip(0, SCALES - 1)
+    return weights(number, 0, scale.astype(np.int64)).astype(np.float32)
 
 
 @functools.cache
@@ -212,6 +204,44 @@ def _weights_of(chosen: _Model, number: np.ndarray) -> tuple[np.ndarray, np.ndar
     return weights(means, chosen.grid, scale).astype(np.float32), row
 
 
+def _range_coded(pixels: np.ndarray, weights: np.ndarray, row: np.ndarray) -> bytes:
+    """Returns the range coder's words, without zeros at their end; of few pixels, with as many
+    zeros as still decode."""
+    coder = constriction.stream.queue.RangeEncoder()
+    family = constriction.stream.model.Categorical(perfect=False)
+    for i in range(0, len(pixels), _CHUNK):
+        part = slice(i, i + _CHUNK)
+        coder.encode(pixels[part].astype(np.int32), family, weights[row[part]])
+    words = coder.get_compressed()
+    for bits in (24, 16, 8) if 0 < len(pixels) <= _BLOCK else ():
+        last = -(-int(words[-1]) >> bits) << bits
+        if last < 1 << 32:
+            shorter = _stripped(np.append(words[:-1], np.uint32(last)))
+            with contextlib.suppress(ValueError):
+                if np.array_equal(_range_decoded(shorter, weights, row), pixels):
+                    return shorter
+    return _stripped(words)
+
+
+def _stripped(words: np.ndarray) -> bytes:
+    return words.astype(">u4").tobytes().rstrip(b"\0")
+
+
+def _range_decoded(data: bytes, weights: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Returns the pixels, int32[N], of what `_range_coded` returned. Raises ValueError for what it
+    cannot have."""
+    words = np.frombuffer(data + bytes(-len(data) % 4), ">u4").astype(np.uint32)
+    coder = constriction.stream.queue.RangeDecoder(words)
+    family = constriction.stream.model.Categorical(perfect=False)
+    found = [np.zeros(0, np.int32)]
+    for i in range(0, len(row), _CHUNK):
+        try:
+            found.append(coder.decode(family, weights[row[i : i + _CHUNK]]))
+        except AssertionError as error:  # constriction's, of words that it does not write
+            raise ValueError("the code of the pixels is damaged") from error
+    return np.concatenate(found)
+
+
 def _choose(pixels: np.ndarray, level: np.ndarray, guard: float) -> tuple[_Model, float]:
     """Returns the grid, segments and scales that take the fewest bits, and those.
 
@@ -223,7 +253,7 @@ def _choose(pixels: np.ndarray, level: np.ndarray, guard: float) -> tuple[_Model
         cells, some = _on_grid(level[::every], grid), pixels[::every]
         starts, places, bits = _segments(_bits(some, cells.number, grid, scales))
         sizes = [_parity_bytes(part, guard) for part in _blocks(cells)]
-        total = bits + 8 * (2 * len(places) + len(sizes) + sum(sizes)) + _FLUSH
+        total = bits + 8 * (2 + len(sizes) + sum(sizes)) + _FLUSH
         return every * total, _Model(grid, starts, scales[places].tolist())
 
     grids = range(len(GRIDS))
