@@ -19,7 +19,8 @@ from ddpm.diffusion.predictions import Denoiser
 from ddpm.diffusion.schedules import NoiseSchedule
 
 LANE_BITS = 400
-_LEAST_BITS = 16
+_LEAST_BITS = 32  # but for those of which all sequences are tried
+_FEW_BITS = 12
 _TIMES = 10
 _MOST_SPREAD = 0.33  # bits for each dimension of a lane, where few of them may have most of the KL
 _SPREADS_FROM = 0.97  # of the bits: what the spread must save, for two more calls at each packet
@@ -71,7 +72,7 @@ def choose_layout(
     found = []
     for spreads, most in ((False, 1.0), (True, 1 / _SPREADS_FROM)):
         for i, layout in enumerate(layouts):
-            if spreads and layout.bits > _MOST_SPREAD * layout.lane and i:
+            if spreads and layout.bits > _MOST_SPREAD * layout.lane:
                 break
             count = _packets(snr, finely(gains[:, int(spreads), i]), end)
             bits = (layout.packet_bits - CHANGE_BITS) * _overhead(layout.bits) + CHANGE_BITS
@@ -112,28 +113,31 @@ def _measured(
 
 def _packets(snr: np.ndarray, gain: np.ndarray, end: int) -> float:
     """Returns how many packets it takes from snr[0] to snr[end], the last in part."""
-    count, place = 0.0, 0
-    while place < end:
-        later = int(np.searchsorted(snr, snr[place] + gain[place]))
-        if later > end:
-            return count + float((snr[end] - snr[place]) / gain[place])
-        place, count = max(later, place + 1), count + 1
+    count, now = 0.0, float(snr[0])
+    while now < snr[end]:
+        each = float(np.interp(now, snr, gain))
+        count += min(1.0, (snr[end] - now) / each)
+        now += each
     return count
 
 
 def _layouts(images: int, shape: tuple[int, ...], nu: int) -> list[Layout]:
-    """Returns the layouts to choose from: packets of 16 bits, or one for each image, and up to one
-    bit for each dimension."""
+    """Returns the layouts to choose from: packets of 12 bits, and of 32, or one for each image, up
+    to one bit for each dimension."""
     size = images * math.prod(shape)
-    found, total = [], float(min(size, max(_LEAST_BITS, images)))
+    found = []
+    if images <= _FEW_BITS:
+        found.append(Layout(images, shape, 1, min(_FEW_BITS, nu, size), nu))
+    total = float(max(_LEAST_BITS, images))
     while total <= size:
         lanes = max(1, round(total / LANE_BITS))
-        found.append(Layout(images, shape, lanes, max(3, round(total / lanes)), nu))
+        layout = Layout(images, shape, lanes, round(total / lanes), nu)
+        found += [layout] if layout.bits <= layout.lane else []
         total *= math.sqrt(2)
-    return [layout for layout in found if layout.bits <= size // layout.lanes] or found[:1]
+    return found
 
 
 def _overhead(bits: int) -> float:
     """Returns by how much the bits of a lane exceed those it was given, at the same squared error:
     measured on white Gaussians."""
-    return (1.06 + 2.6 / bits) / RATIO
+    return (1.33 if bits < _LEAST_BITS else 1.065 + 110 / bits**2) / RATIO

@@ -30,6 +30,10 @@ import numpy as np
 from ddpm.codec import randomness
 
 
+_LONG = 5  # times nu: blocks that the first search takes, around and around if there are fewer
+_TRIED = 40  # times nu over the number of bits: starts that are tried
+
+
 class Target(NamedTuple):
     """A Gaussian relative to the prior N(0, I): its mean and variance, float32[B, D] each."""
 
@@ -76,15 +80,21 @@ def encode(key: jax.Array, target: Target, num_bits: int, nu: int = 12) -> jax.A
         bit = jnp.take_along_axis(forgotten, (state >> 1)[:, None].astype(int), axis=1)[:, 0]
         return (state >> 1) | (bit.astype(jnp.uint32) << (nu - 1)), (state & 1).astype(bool)
 
-    around = jnp.roll(numbers, -half)
-    free = jnp.zeros((len(target.mean), 1 << nu))
-    metric, forgotten = jax.lax.scan(forward, free, (around, weights[around]))
-    last = metric.argmax(axis=1).astype(jnp.uint32)
-    start, _ = jax.lax.scan(back, last, forgotten[num_bits - half :], reverse=True)
-    fixed = jnp.where(states == start[:, None], 0.0, -jnp.inf)
-    _, forgotten = jax.lax.scan(forward, fixed, (numbers, weights))
-    _, bits = jax.lax.scan(back, start, forgotten, reverse=True)
-    return bits.T
+    turns, tried = max(1, -(-_LONG * nu // num_bits)), max(1, -(-_TRIED * nu // num_bits))
+    around = jnp.tile(jnp.roll(numbers, -half), turns)
+    metric = jnp.zeros((len(target.mean), 1 << nu))
+    metric, forgotten = jax.lax.scan(forward, metric, (around, weights[around]))
+    _, last = jax.lax.top_k(metric, tried)
+
+    def from_one(last: jax.Array) -> tuple[jax.Array, jax.Array]:
+        start, _ = jax.lax.scan(back, last, forgotten[-half:], reverse=True)
+        fixed = jnp.where(states == start[:, None], 0.0, -jnp.inf)
+        metric, chosen = jax.lax.scan(forward, fixed, (numbers, weights))
+        _, bits = jax.lax.scan(back, start, chosen, reverse=True)
+        return jnp.take_along_axis(metric, start[:, None].astype(int), axis=1)[:, 0], bits.T
+
+    total, bits = jax.lax.map(from_one, last.T.astype(jnp.uint32))
+    return jnp.take_along_axis(bits, total.argmax(axis=0)[None, :, None], axis=0)[0]
 
 
 def decode(key: jax.Array, bits: jax.Array, dimensions: int, nu: int = 12) -> jax.Array:
