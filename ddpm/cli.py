@@ -6,6 +6,7 @@ code = run(["main.py", "--config=configs/digits.py", "--mode=sample"])
 import contextlib
 import importlib
 import logging
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -51,8 +52,17 @@ MODES: dict[str, Callable[[Any, Any, Path, Sequence[str]], None]] = {
     ),
     "reference": lambda mode, f, workdir, _: mode.reference(f.config, workdir),
     "export": lambda mode, f, workdir, _: mode.export(f.config, workdir, f.out, f.init_from),
+    "compress": lambda mode, f, workdir, _: mode.compress(
+        f.config, workdir, f.input, f.init_from, f.out, rate=f.rate, psnr=f.psnr
+    ),
+    "decompress": lambda mode, f, workdir, _: mode.decompress(
+        f.config, workdir, f.input, f.init_from, f.out, rate=f.rate
+    ),
 }
-WITH_OUT = ("export", "sample", "edit", "compare", "evaluate")
+WITH_OUT = ("export", "sample", "edit", "compare", "evaluate", "compress", "decompress")
+WITH_INPUT = ("edit", "compress", "decompress")
+# The numbers of the codec, and the modes that they go with.
+TARGETS = {"rate": ("compress", "decompress"), "psnr": ("compress",)}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -126,12 +136,18 @@ def _flags() -> flags.FlagValues:
             "Pretrained weights to begin from, in every mode but reference: a folder of diffusers, "
             "a file, or the name of a repository on the hub.",
         ),
-        ("input", "", "For --mode=edit: pictures FILE[,FILE..], a folder of them, or an .npz."),
+        (
+            "input",
+            "",
+            "For --mode=edit and compress: pictures FILE[,FILE..], a folder of them, or an .npz. "
+            "For decompress: files .ddpm, or a folder of them.",
+        ),
         (
             "out",
             "",
             "For --mode=export: a new folder for diffusers, or a file .safetensors. For sample, "
-            "edit, compare and evaluate: the folder of what they write, if not the run's.",
+            "edit, compare, evaluate, compress and decompress: the folder of what they write, if "
+            "not the run's.",
         ),
         (
             "profile",
@@ -146,6 +162,11 @@ def _flags() -> flags.FlagValues:
         ),
     ):
         flags.DEFINE_string(name, value, about, flag_values=own)
+    for name, about in (
+        ("rate", "For --mode=compress: bits/dim to end at. For decompress: to read of each file."),
+        ("psnr", "For --mode=compress: dB to end at. Without this and --rate it is lossless."),
+    ):
+        flags.DEFINE_float(name, None, about, flag_values=own)
     about = "For --mode=sweep: config files FILE.py[,FILE.py:VARIANT..]; all variants if none."
     flags.DEFINE_list("configs", [], about, flag_values=own)
     flags.DEFINE_list("seeds", ["0"], "For --mode=sweep: a run with each, 0,1,2.", flag_values=own)
@@ -166,12 +187,19 @@ def _read(argv: Sequence[str]) -> Any:
         raise InputError(f"--out={given.out} goes with --mode={', '.join(WITH_OUT)} alone")
     if given.init_from and given.mode == "reference":
         raise InputError("--init_from: --mode=reference uses no weights; leave it out")
-    if bool(given.input) != (given.mode == "edit"):
+    if bool(given.input) != (given.mode in WITH_INPUT):
+        what = "files .ddpm" if given.mode == "decompress" else "pictures"
         raise InputError(
-            f"--input={given.input} goes with --mode=edit alone"
+            f"--input={given.input} goes with --mode={', '.join(WITH_INPUT)} alone"
             if given.input
-            else "--mode=edit needs --input: pictures FILE[,FILE..], a folder, or an .npz"
+            else f"--mode={given.mode} needs --input: {what} FILE[,FILE..], or a folder of them"
         )
+    for name, modes in TARGETS.items():
+        value = given[name].value
+        if value is not None and given.mode not in modes:
+            raise InputError(f"--{name}={value:g} goes with --mode={', '.join(modes)} alone")
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name}={value:g}: must be a number > 0")
     if given["profile"].present:
         if given.mode != "train":
             raise InputError(f"--profile={given.profile} goes with --mode=train alone")

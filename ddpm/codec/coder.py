@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from ddpm.codec import packets, pixel_coder
 from ddpm.codec.container import (
@@ -106,8 +107,9 @@ def encode(
         about 4 %, in 16 times the time.
       model: bytes that name the denoiser and the schedule, of which `decode` checks the first 8.
 
-    The denoiser is called about 60 times; it should be one object in repeated calls, as what is
-    compiled is kept by it. Raises ValueError for x_0 of integers or, if lossless, of other values
+    The denoiser is called about 100 times. It should be one object in repeated calls, as what is
+    compiled is kept by it, and for a large network `jax.tree_util.Partial(function, parameters)`,
+    so that they are not compiled in. Raises ValueError for x_0 of integers or, if lossless, of other values
     than pixels have.
     """
     seed = int(jax.random.bits(key, (), jnp.uint32))
@@ -145,7 +147,7 @@ def encode_files(
     `layout` is chosen by `choose_layout` if left out; `picture` is height and width of that of
     which the G images are tiles (`tiles.cut`); `progress` is called after each packet.
     """
-    x_0 = jnp.float32(check_scaled(x_0))
+    x_0, denoiser = jnp.float32(check_scaled(x_0)), _partial(denoiser)
     pixels = _pixels(x_0) if lossless else None
     error = None if target_psnr is None else PEAK**2 / 10 ** (target_psnr / 10)
     if layout is None:
@@ -218,7 +220,7 @@ def decodings(
 ) -> Iterator[Decoded]:
     """Yields the images by each number of packets that are in the bytes, from one on; last, if they
     are, the very pixels. See `decode`."""
-    header = read_header(data)
+    header, denoiser = read_header(data), _partial(denoiser)
     if model is not None and header.model != _model(model):
         raise ValueError(
             "the file was made with another model, or another step of its training: decode it with "
@@ -272,22 +274,29 @@ def decode(
     Raises ValueError for bytes that are foreign, damaged, of other images than the denoiser takes,
     or whose pixels come out otherwise than they were.
     """
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder = {decoder!r}: must be one of {', '.join(DECODERS)}")
     for last in decodings(schedule, denoiser, data, model=model):  # noqa: B007
         pass
-    if decoder == "mean" or last.lossless:
-        return last
+    return finished(schedule, denoiser, last, decoder, jax.random.key(0) if key is None else key)
+
+
+def finished(
+    schedule: NoiseSchedule, denoiser: Denoiser, found: Decoded, decoder: str, key: jax.Array
+) -> Decoded:
+    """Returns what was decoded with x_0 by this decoder of its x_t; the very pixels as they are."""
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder = {decoder!r}: must be one of {', '.join(DECODERS)}")
+    if decoder == "mean" or found.lossless:
+        return found
     x_0 = sample(
-        jax.random.key(0) if key is None else key,
+        key,
         schedule,
         denoiser,
-        last.x_t.shape,
+        found.x_t.shape,
         sampler=ancestral() if decoder == "ancestral" else ddim(),
-        times=np.arange(last.t, -1, -1),
-        x_t=last.x_t,
+        times=np.arange(found.t, -1, -1),
+        x_t=found.x_t,
     )
-    return last._replace(x_0=x_0)
+    return found._replace(x_0=x_0)
 
 
 def _end(
@@ -343,6 +352,13 @@ def _decoded_pixels(header: Header, mean: np.ndarray, data: bytes) -> jax.Array:
     if zlib.crc32(pixels.tobytes()) != header.crc:
         raise ValueError(_OTHERWISE)
     return jnp.asarray(to_float(pixels).reshape(mean.shape))
+
+
+def _partial(denoiser: Denoiser) -> Denoiser:
+    """Returns the denoiser as an argument for what is compiled, with its parameters if it is a
+    `Partial` of them."""
+    made: Denoiser = denoiser if isinstance(denoiser, Partial) else Partial(denoiser)
+    return made
 
 
 def _model(name: bytes) -> bytes:

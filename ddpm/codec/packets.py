@@ -101,14 +101,17 @@ def start(schedule: NoiseSchedule, layout: Layout, seed: int, files: int = 1) ->
     return State(jnp.repeat(x, files, axis=0), last, jnp.zeros(files, jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames="denoiser")
+@jax.jit
 def estimate(denoiser: Denoiser, x_t: jax.Array, t: jax.Array) -> jax.Array:
-    """Returns the denoiser's x_0 [F, G, ...] at x_t [F, G, ...] and t [F]."""
+    """Returns the denoiser's x_0 [F, G, ...] at x_t [F, G, ...] and t [F].
+
+    The denoiser is a `jax.tree_util.Partial`, so that what its parameters are is no constant.
+    """
     flat = x_t.reshape(-1, *x_t.shape[2:])
     return predict(denoiser, flat, jnp.repeat(t, x_t.shape[1])).x_0.reshape(x_t.shape)
 
 
-@functools.partial(jax.jit, static_argnames=("denoiser", "layout"))
+@functools.partial(jax.jit, static_argnames="layout")
 def spread(
     schedule: NoiseSchedule,
     denoiser: Denoiser,

@@ -80,7 +80,7 @@ def choose_layout(
     return min(found)[2]
 
 
-@functools.partial(jax.jit, static_argnames=("denoiser", "layout"))
+@functools.partial(jax.jit, static_argnames="layout")
 def _measured(
     schedule: NoiseSchedule,
     denoiser: Denoiser,

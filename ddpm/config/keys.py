@@ -163,8 +163,8 @@ def default() -> ConfigDict:
     config.editing.iterations = 20  # for reconstruct, at each step
 
     config.codec = ConfigDict()  # --mode=compress and decompress
-    config.codec.nu = 12  # bits of the trellis' state: each more takes twice the time, for less bits
-    config.codec.together = 1  # images of the model's size in one file: more together, fewer bits
+    config.codec.nu = 12  # bits of the trellis' state; one more: twice the time, 1 % less
+    config.codec.together = 1  # images of the model's size in one file; the more, the fewer bits
     config.codec.seed = 0
     config.codec.decoder = "mean"  # of a file's x_t; or a sample, 'ancestral', or by the 'flow'
 

@@ -47,7 +47,7 @@ def folder(
         raise InputError(f"broken = {broken!r}: must be 'error' or 'skip'")
     image_size = checked_size(image_size)
     root = Path(path).expanduser()
-    files = _list_images(root)
+    files = list_images(root)
     read = functools.partial(
         read_image, channels=channels, background=background, max_pixels=max_pixels
     )
@@ -84,7 +84,7 @@ def folder(
     return decoded_once(source, root.resolve().name, key, memory_budget, transparency)
 
 
-def _list_images(root: Path) -> list[Path]:
+def list_images(root: Path) -> list[Path]:
     """Returns the images below root, relative to it and sorted; at least one."""
     if not root.is_dir():
         kind = "is not a folder" if root.exists() else "there is no such folder"

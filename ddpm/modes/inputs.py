@@ -1,8 +1,9 @@
 """Input pictures of a mode: files, a folder, or an .npz; and the images to enlarge."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from ddpm.build.data import decoding, held_out
 from ddpm.build.data import source as data_source
 from ddpm.build.experiment import Experiment
 from ddpm.data import sources
-from ddpm.data.folders import folder
+from ddpm.data.folders import folder, list_images
 from ddpm.data.images import Transparency, check_image_shape, read_image
 from ddpm.diffusion.network_inputs import averaged
 from ddpm.diffusion.pixels import to_float
@@ -26,17 +27,67 @@ def pictures_at(
     `how` is the decoding of `ddpm.build.data`. Raises InputError, which begins with the flag or key
     `said`, at once for a missing file.
     """
-    paths = [Path(p).expanduser() for p in ([given] if Path(given).exists() else given.split(","))]
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{said}: {path}: there is no such file or folder")
-
+    paths = existing(given, said)
     transparency = Transparency(said, how["background"])
 
     def read(shape: tuple[int, int, int]) -> np.ndarray:
         return np.concatenate([_read(path, shape, said, how, transparency) for path in paths])
 
     return read
+
+
+class Named(NamedTuple):
+    """Pictures by name, a path without suffix: `read` takes a number and the channels, and returns
+    a picture of any size, uint8[H, W, C]."""
+
+    names: list[Path]
+    read: Callable[[int, int], np.ndarray]
+
+
+def named_pictures(given: str, said: str, how: Mapping[str, Any]) -> Named:
+    """Returns the pictures of files FILE[,FILE..], a folder, or an .npz, in their own sizes.
+
+    Raises InputError, which begins with the flag or key `said`, for what is not there.
+    """
+    places = existing(given, said)
+    transparency = Transparency(said, how["background"])
+    found: list[tuple[Path, Callable[[int], np.ndarray]]] = []
+    for path in places:
+        if path.suffix.lower() == ".npz":
+            source = sources.npz(path)
+            for i in range(len(source)):
+                one = functools.partial(_of_source, source, i, path)
+                found.append((Path(f"{path.stem}_{i:05}"), one))
+            continue
+        files = [(path / f, f) for f in list_images(path)] if path.is_dir() else [(path, path.name)]
+        for file, name in files:
+            read = functools.partial(_whole, file, transparency, how)
+            found.append((Path(name).with_suffix(""), read))
+    return Named([name for name, _ in found], lambda i, channels: found[i][1](channels))
+
+
+def _whole(
+    file: Path, transparency: Transparency, how: Mapping[str, Any], channels: int
+) -> np.ndarray:
+    return read_image(file, channels=channels, image_size=None, transparent=transparency, **how)
+
+
+def _of_source(source: Any, number: int, path: Path, channels: int) -> np.ndarray:
+    image: np.ndarray = source.read(np.asarray([number])).image[0]
+    if image.shape[-1] != channels:
+        raise InputError(
+            f"{path}: its images have {image.shape[-1]} channels, the model's {channels}"
+        )
+    return image
+
+
+def existing(given: str, said: str) -> list[Path]:
+    """Returns the paths of FILE[,FILE..] or a folder; InputError for one that is not there."""
+    paths = [Path(p).expanduser() for p in ([given] if Path(given).exists() else given.split(","))]
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{said}: {path}: there is no such file or folder")
+    return paths
 
 
 def by(shape: tuple[int, ...]) -> str:
