@@ -29,7 +29,6 @@ import numpy as np
 
 from ddpm.codec import randomness
 
-
 _LONG = 5  # times nu: blocks that the first search takes, around and around if there are fewer
 _TRIED = 40  # times nu over the number of bits: starts that are tried
 

@@ -8,8 +8,8 @@ from ddpm.config.keys import DECODERS, PARTS, TASKS, WITHOUT_FLOW, default
 from ddpm.config.tree import flatten, nearest, to_json, variant, with_settings
 
 __all__ = [
-    "PARTS",
     "DECODERS",
+    "PARTS",
     "TASKS",
     "WITHOUT_FLOW",
     "default",
