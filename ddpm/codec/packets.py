@@ -32,7 +32,9 @@ from ddpm.diffusion.schedules import NoiseSchedule
 
 RATIO = 1.05  # bits for each of the KL: what is sent is then spread as a draw from the target
 CHANGE_BITS = 4
-_SLOWER = 11  # of the 16 changes of the stride, those that shorten it
+# Of the stride's place in the list. Large ones are for the first packets: where a schedule ends in
+# noise alone, its first stride is many times its second.
+_CHANGES = np.asarray([-24, -19, -15, -12, -10, -8, -6, -5, -4, -3, -2, -1, 0, 1, 2, 4], np.int32)
 _START = 0xFFFFFFFF  # the number of the packet that is not sent, x_T
 _SIGNS = 0xFFFFFFFE  # the block of a packet's numbers that is not the trellis'
 
@@ -189,7 +191,7 @@ def send(
     `estimated` is the denoiser's x_0 at the state, w its spread; `number` counts packets from 0.
     """
     ratio = variance_ratio(layout.kl, w)
-    candidates = _changed(schedule, state.stride[:, None], jnp.arange(1 << CHANGE_BITS))
+    candidates = _changed(schedule, state.stride[:, None], jnp.arange(len(_CHANGES)))
     change, stride = _nearest(schedule, state.t, snr_gain(x_0, estimated, ratio), candidates)
     step = schedule.between(_earlier(schedule, state.t, stride), state.t)
     of_x_0, _ = posterior_coefficients(step)
@@ -242,7 +244,8 @@ def _key(seed: jax.Array | int, number: jax.Array | int) -> jax.Array:
 
 
 def _changed(schedule: NoiseSchedule, stride: jax.Array, change: jax.Array) -> jax.Array:
-    return jnp.clip(stride + change - _SLOWER, 0, len(strides(schedule.num_steps)) - 1)
+    changed = stride + jnp.asarray(_CHANGES)[change]
+    return jnp.clip(changed, 0, len(strides(schedule.num_steps)) - 1)
 
 
 def _earlier(schedule: NoiseSchedule, t: jax.Array, stride: jax.Array) -> jax.Array:
