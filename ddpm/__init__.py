@@ -10,7 +10,7 @@ ddpm.show(model.sample(jax.random.key(0), 16))
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ddpm import energy
+from ddpm import codec, energy
 from ddpm.diffusion import (
     continuous,
     flow,
@@ -72,6 +72,7 @@ __all__ = [
     "classifier_free",
     "classifier_guided",
     "clipped",
+    "codec",
     "continuous",
     "ddim",
     "denoiser",

@@ -133,8 +133,9 @@ def _flags() -> flags.FlagValues:
         (
             "init_from",
             "",
-            "Pretrained weights to begin from, in every mode but reference: a folder of diffusers, "
-            "a file, or the name of a repository on the hub.",
+            "Pretrained weights to begin from, in every mode but reference: the library's own by "
+            "name, digits or fashion_mnist; a folder of diffusers, a file, or the name of a "
+            "repository on the hub.",
         ),
         (
             "input",

@@ -109,8 +109,8 @@ def encode(
 
     The denoiser is called about 100 times. It should be one object in repeated calls, as what is
     compiled is kept by it, and for a large network `jax.tree_util.Partial(function, parameters)`,
-    so that they are not compiled in. Raises ValueError for x_0 of integers or, if lossless, of other values
-    than pixels have.
+    so that they are not compiled in. Raises ValueError for x_0 of integers or, if lossless, of
+    other values than pixels have.
     """
     seed = int(jax.random.bits(key, (), jnp.uint32))
     found = encode_files(

@@ -193,10 +193,7 @@ def send(
     ratio = variance_ratio(layout.kl, w)
     candidates = _changed(schedule, state.stride[:, None], jnp.arange(len(_CHANGES)))
     change, stride = _nearest(schedule, state.t, snr_gain(x_0, estimated, ratio), candidates)
-    step = schedule.between(_earlier(schedule, state.t, stride), state.t)
-    of_x_0, _ = posterior_coefficients(step)
-    scale = expand_like(of_x_0 / jnp.sqrt(step.posterior_variance), x_0)
-    mean = scale * (x_0 - estimated) / jnp.sqrt(ratio)
+    mean = target_mean(schedule, state.t, stride, x_0 - estimated, ratio)
     key = _key(seed, number)
     bits = trellis.encode(key, _target(layout, key, mean, 1 / ratio), layout.bits, layout.nu)
     packet = Packet(change, bits.reshape(len(x_0), layout.lanes, layout.bits))
@@ -218,18 +215,42 @@ def receive(
 ) -> State:
     """Returns the state after a packet that came; the arguments are as in `send`."""
     stride = _changed(schedule, state.stride, packet.change)
-    s = _earlier(schedule, state.t, stride)
-    step = schedule.between(s, state.t)
-    of_x_0, of_x_t = posterior_coefficients(step)
     key = _key(seed, number)
     lanes = packet.bits.reshape(-1, layout.bits)
-    z = trellis.decode(key, lanes, layout.lane, layout.nu).reshape(len(s), -1)
+    z = trellis.decode(key, lanes, layout.lane, layout.nu).reshape(len(stride), -1)
     order = randomness.permutation(key, layout.dimensions)
-    noise = jnp.zeros((len(s), layout.dimensions)).at[:, order].set(z[:, : layout.dimensions])
-    x = state.x_t
-    variance = expand_like(step.posterior_variance, x) * variance_ratio(layout.kl, w)
-    x_s = expand_like(of_x_0, x) * estimated + expand_like(of_x_t, x) * x
-    return State(x_s + jnp.sqrt(variance) * noise.reshape(x.shape), s, stride)
+    noise = jnp.zeros((len(z), layout.dimensions)).at[:, order].set(z[:, : layout.dimensions])
+    ratio = variance_ratio(layout.kl, w)
+    return step(schedule, state, stride, estimated, ratio, noise.reshape(w.shape))
+
+
+def target_mean(
+    schedule: NoiseSchedule, t: jax.Array, stride: jax.Array, missing: jax.Array, ratio: jax.Array
+) -> jax.Array:
+    """Returns the mean of the target, relative to the prior, of a step: `missing` is x_0 less the
+    denoiser's, [F, G, ...]."""
+    transition = schedule.between(_earlier(schedule, t, stride), t)
+    of_x_0, _ = posterior_coefficients(transition)
+    scale = of_x_0 / jnp.sqrt(transition.posterior_variance)
+    return expand_like(scale, missing) * missing / jnp.sqrt(ratio)
+
+
+def step(
+    schedule: NoiseSchedule,
+    state: State,
+    stride: jax.Array,
+    estimated: jax.Array,
+    ratio: jax.Array,
+    noise: jax.Array,
+) -> State:
+    """Returns the state after a step of p(x_s | x_t), whose noise, N(0, I) but for the target, was
+    sent: all [F, G, ...]."""
+    s, x = _earlier(schedule, state.t, stride), state.x_t
+    transition = schedule.between(s, state.t)
+    of_x_0, of_x_t = posterior_coefficients(transition)
+    variance = expand_like(transition.posterior_variance, x) * ratio
+    mean = expand_like(of_x_0, x) * estimated + expand_like(of_x_t, x) * x
+    return State(mean + jnp.sqrt(variance) * noise, s, stride)
 
 
 def too_coarse(schedule: NoiseSchedule, t: jax.Array, gain: jax.Array) -> jax.Array:

@@ -37,6 +37,7 @@ _WEIGHTS = tuple(
     for kind in (".safetensors", ".bin")
     for name in names
 )
+_SHIPPED = Path(__file__).with_name("pretrained")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Published twice: at the end of training, and the average that the papers' figures are of.
 _NOT_AVERAGED = re.compile(r"ddpm-(cifar10-32|celebahq-256|church-256|bedroom-256|cat-256)")
@@ -164,14 +165,24 @@ def check_out(out: Path) -> None:
         raise InputError(f"{out}: there is something already; choose another --out")
 
 
+def shipped() -> dict[str, Path]:
+    """Returns the weights that come with the library, by name."""
+    return {file.stem: file for file in sorted(_SHIPPED.glob("*.safetensors"))}
+
+
 def _find(where: str | Path, config: ConfigDict) -> _Found:
     path = Path(where).expanduser()
+    if not os.path.exists(path):
+        path = shipped().get(str(where), path)
     if not os.path.exists(path) and _HUB_ID.fullmatch(str(where)) and path.suffix not in READERS:
         path = _from_hub(str(where))
     if path.is_dir():
         return _folder(path, config)
     if not os.path.exists(path):
-        raise InputError(f"{path}: there is no such file or folder")
+        raise InputError(
+            f"{path}: there is no such file or folder; the library's own weights are "
+            f"{', '.join(shipped())}"
+        )
     if (path.parent / "config.json").is_file() and path.name.startswith(_STEM):
         return _folder(path.parent, config, path.name)
     tensors = read_tensors(path)

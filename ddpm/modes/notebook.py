@@ -1,6 +1,6 @@
 """A trained model in a notebook: from its run folder, or weights of others, to samples.
 
-model = ddpm.load("runs/digits")
+model = ddpm.load("fashion_mnist")
 ddpm.show(model.sample(jax.random.key(0), 16, sampler="ddim", steps=50))
 """
 
@@ -166,8 +166,9 @@ class Model:
 def load(where: str | Path, config: ConfigDict | None = None, **sampling: Any) -> Model:
     """Loads a trained model: the newest good checkpoint of a run folder, or weights of others.
 
-    `where` is a run folder, runs/digits, or whatever --init_from takes: a folder of diffusers, a
-    file, the name of a repository on the hub. `config` is by default the run's own, for weights of
+    `where` is a run folder, runs/digits, or whatever --init_from takes: the library's own weights
+    by name, "digits" or "fashion_mnist"; a folder of diffusers, a file, the name of a repository on
+    the hub. `config` is by default the run's own, for weights of
     others the paper's for CIFAR-10 with the settings that come with them. `sampling` are keys of
     config.sampling: ema=False for the last weights, not their average, or new defaults of
     `Model.sample`.
