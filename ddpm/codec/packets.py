@@ -35,6 +35,8 @@ CHANGE_BITS = 4
 # Of the stride's place in the list. Large ones are for the first packets: where a schedule ends in
 # noise alone, its first stride is many times its second.
 _CHANGES = np.asarray([-24, -19, -15, -12, -10, -8, -6, -5, -4, -3, -2, -1, 0, 1, 2, 4], np.int32)
+_MOST_DIMENSIONS = 1 << 14  # for each bit of a packet
+_MOST_BITS = 2048  # of a lane: a decoder draws the codewords of all at once
 _START = 0xFFFFFFFF  # the number of the packet that is not sent, x_T
 _SIGNS = 0xFFFFFFFE  # the block of a packet's numbers that is not the trellis'
 
@@ -68,6 +70,19 @@ class Layout(NamedTuple):
     def kl(self) -> float:
         """The KL of a packet in nats, over N."""
         return math.log(2) * self.lanes * self.bits / (RATIO * self.dimensions)
+
+    @property
+    def allowed(self) -> bool:
+        """The answer whether files may have this layout: it bounds memory by a packet's bits."""
+        total = self.lanes * self.bits
+        return (
+            3 <= self.nu <= 16
+            and len(self.shape) in (1, 2, 3)
+            and min(self.shape) >= 1
+            and 1 <= self.images <= total
+            and 3 <= self.bits <= min(self.lane, _MOST_BITS)
+            and self.dimensions <= _MOST_DIMENSIONS * total
+        )
 
 
 class State(NamedTuple):
