@@ -163,7 +163,7 @@ def encode_files(
         layout = choose_layout(schedule, denoiser, x_0, seed=seed, nu=nu, rate=rate, error=aim)
     pack_header(Header(lossless, _model(model), seed, layout, 1, 0, 0, 0, picture))  # or refuses
     files = range(len(x_0))
-    state = packets.start(schedule, layout, seed, len(x_0))
+    state = packets.start(schedule, layout, np.uint32(seed), len(x_0))
     sent: list[Packet] = []
     errors: list[np.ndarray] = []  # after each number of packets, from 0; [F], as those below
     kls = [np.zeros(len(x_0))]
@@ -242,7 +242,7 @@ def decodings(
     if header.stride >= known or header.packets >= schedule.num_steps:
         raise ValueError("the file was made with a schedule of another number of steps")
     layout, seed = header.layout, np.uint32(header.seed)
-    state = packets.start(schedule, layout, header.seed)
+    state = packets.start(schedule, layout, seed)
     state = state._replace(stride=jnp.full(1, header.stride, jnp.int32))
     estimated = estimate(denoiser, state.x_t, state.t)
     for number in range(len(changes)):

@@ -109,7 +109,10 @@ def strides(num_steps: int) -> np.ndarray:
     return np.asarray(found, np.int32)
 
 
-def start(schedule: NoiseSchedule, layout: Layout, seed: int, files: int = 1) -> State:
+@functools.partial(jax.jit, static_argnames=("layout", "files"))
+def start(
+    schedule: NoiseSchedule, layout: Layout, seed: jax.typing.ArrayLike, files: int = 1
+) -> State:
     """Returns the state before the first packet: t = T, and x_T that the seed names."""
     row = jnp.uint32(0)
     z = randomness.normals(_key(seed, _START), row, row, layout.dimensions)
@@ -157,6 +160,7 @@ def spread(
     return jnp.where(mean > 1e-6, relative, 1.0)
 
 
+@jax.jit
 def variance_ratio(kl: jax.typing.ArrayLike, w: jax.Array) -> jax.Array:
     """Returns r = 1 + lambda w [F, G, ...] with a KL, in nats over N, of 1/2 mean log r."""
     axes = tuple(range(1, w.ndim))
@@ -172,6 +176,7 @@ def variance_ratio(kl: jax.typing.ArrayLike, w: jax.Array) -> jax.Array:
     return 1 + jnp.exp((low + high) / 2) * w
 
 
+@jax.jit
 def snr_gain(x_0: jax.Array, estimated: jax.Array, ratio: jax.Array) -> jax.Array:
     """Returns SNR_s - SNR_t of the packet [F], for a variance ratio [F, G, ...]."""
     axes = range(1, x_0.ndim)
@@ -179,11 +184,13 @@ def snr_gain(x_0: jax.Array, estimated: jax.Array, ratio: jax.Array) -> jax.Arra
     return (1 - 1 / ratio).sum(axis=axes) / jnp.maximum(error, 1e-20)
 
 
+@jax.jit
 def squared_error(x_0: jax.Array, estimated: jax.Array) -> jax.Array:
     """Returns the mean squared error of each file's images, [F]; at least 1e-12."""
     return jnp.maximum(((x_0 - estimated) ** 2).mean(axis=range(1, x_0.ndim)), 1e-12)
 
 
+@jax.jit
 def first_stride(schedule: NoiseSchedule, t: jax.Array, gain: jax.Array) -> jax.Array:
     """Returns the stride at t [F], of all there are, that is nearest to a gain of SNR [F]."""
     every = jnp.arange(len(strides(schedule.num_steps)), dtype=jnp.int32)
@@ -268,6 +275,7 @@ def step(
     return State(mean + jnp.sqrt(variance) * noise, s, stride)
 
 
+@jax.jit
 def too_coarse(schedule: NoiseSchedule, t: jax.Array, gain: jax.Array) -> jax.Array:
     """Returns for which of the files no packet more can be sent, bool[F]: t is 1, or a stride of 1
     has more than 1.5 times the gain of SNR that a packet is of."""
@@ -275,7 +283,7 @@ def too_coarse(schedule: NoiseSchedule, t: jax.Array, gain: jax.Array) -> jax.Ar
     return (t == 1) | (jnp.exp(step.s.high) * step.snr_loss > 1.5 * gain)
 
 
-def _key(seed: jax.Array | int, number: jax.Array | int) -> jax.Array:
+def _key(seed: jax.typing.ArrayLike, number: jax.typing.ArrayLike) -> jax.Array:
     return jnp.stack([jnp.asarray(seed, jnp.uint32), jnp.asarray(number, jnp.uint32)])
 
 
