@@ -14,7 +14,6 @@ from ddpm.codec import coder, rates
 from ddpm.codec.container import HEADER_BYTES, read_header
 from ddpm.codec.packets import Layout
 from ddpm.codec.plan import choose_layout
-from ddpm.diffusion.pixels import to_uint8
 from tests.codec.toys import gaussian, pixels
 from tests.exact import close
 
