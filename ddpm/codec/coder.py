@@ -230,8 +230,8 @@ def decodings(
     header, denoiser = read_header(data), _partial(denoiser)
     if model is not None and header.model != _model(model):
         raise ValueError(
-            "the file was made with another model, or another step of its training: decode it with "
-            "that one"
+            "the file was made with another model, another step of its training or other clipping: "
+            "decode it with those"
         )
     changes, bits = read_packets(header, data)
     end = HEADER_BYTES + header.packets_bytes

