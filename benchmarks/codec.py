@@ -3,7 +3,7 @@
     python benchmarks/codec.py --model=fashion_mnist --data=/data/tfds --count=64 --out=codec
 
 Codes the first images of the test split: together in one file, and each alone (the first --alone
-of them), lossless; decodes the files, one by one, and compares pixels. Beside it: the ideal
+of them), lossless; decodes the files, one by one, and compares pixels. With them: the ideal
 rate-distortion curve of many short steps, the model's bound on the same images (with the reverse
 variance fixed_large and, if --moments, the optimal one), and reverse channel coding in the place of
 the trellis (of the first --baseline images). Writes curves for `rate_distortion.py`, images.npz and

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 from ddpm.codec.container import HEADER_BYTES, read_header
 from ddpm.data import digits
 from ddpm.errors import InputError
-from ddpm.modes.compress import check_codes
+from ddpm.modes.compress import _batches, check_codes
+from ddpm.modes.inputs import Named
 from tests.runs import command, run
 from tests.test_edit import config
 from tests.test_main import contents, fails
@@ -82,7 +84,6 @@ def test_pictures_come_back_to_the_last_bit(workdir, compressed, tmp_path):
 def test_what_is_printed_and_the_curve(compressed):
     folder, done = compressed
     assert "big is 9x12 (height x width): coded as 4 tiles of 8x8" in done.stderr
-    assert "compressing" in done.stderr
     files = [path.read_bytes() for path in folder.rglob("*.ddpm")]
     size = sum(len(data) for data in files)
     pixels = 3 * 64 + BIG.size
@@ -122,12 +123,9 @@ def test_a_cut_off_file_and_a_rate_to_read_to(workdir, compressed, tmp_path):
     fails(command(workdir, *flags, **SMALL), "0.ddpm: 41 bytes: cut off before the first packet")
 
 
-def test_several_in_one_file_to_a_rate_or_a_psnr(workdir, pictures, tmp_path):
-    given = ",".join(str(pictures / name) for name in ("0.png", "1.v2.png", "below/0.png"))
-    (tmp_path / "few").mkdir()
-    for i, image in enumerate(DIGITS[:3]):
-        Image.fromarray(image).save(tmp_path / "few" / f"{i}.png")
-    given = tmp_path / "few"
+def test_several_in_one_file_to_a_rate_or_a_psnr(workdir, tmp_path):
+    given = tmp_path / "few.npz"
+    np.savez(given, images=DIGITS[:3, ..., None])
     out = tmp_path / "rate"
     done = does(workdir, "compress", given, out, "--rate=1.2", codec__together=3)
     assert "lossless" not in done.stdout
@@ -140,12 +138,29 @@ def test_several_in_one_file_to_a_rate_or_a_psnr(workdir, pictures, tmp_path):
     does(workdir, "decompress", out, tmp_path / "found")
     assert names(tmp_path / "found") == {*(f"together_00000_00{i}.png" for i in range(3)),
                                          "progressive.png"}  # fmt: skip
-    # With one more than fills a file, which has its own.
-    does(workdir, "compress", given, tmp_path / "psnr", "--psnr=9", codec__together=2)
-    files = sorted((tmp_path / "psnr").glob("*.ddpm"))
-    assert [read_header(f.read_bytes()).layout.images for f in files] == [2, 1]
+    does(workdir, "compress", given, tmp_path / "psnr", "--psnr=9", codec__together=3)
     points = json.loads((tmp_path / "psnr" / "rate_distortion.json").read_text())
     assert points[-1]["psnr"] >= 9
+
+
+def test_batches_of_files():
+    """Files of two, in batches of at most five images; the rest is a smaller file, and a picture of
+    another size one by itself."""
+    images = [np.full((8, 8, 1), i, np.uint8) for i in range(7)]
+    images.insert(3, np.zeros((9, 9, 1), np.uint8))
+    built = SimpleNamespace(config=config(codec__together=2, sampling__batch_size=5),
+                            image_shape=(8, 8, 1))  # fmt: skip
+    given = Named([Path(str(i)) for i in range(8)], lambda i, channels: images[i])
+    found = list(_batches(SimpleNamespace(built=built), given))
+    assert [(len(names), x.shape[:2]) for names, x in found] == [
+        (1, (1, 1)),
+        (2, (2, 2)),
+        (1, (1, 2)),
+        (1, (1, 1)),
+    ]
+    assert [int(i) for _, x in found[1:] for i in x[..., 0, 0, 0].ravel()] == list(range(7))
+    several = [str(name) for names, _ in found[1:] for name in names]
+    assert several == [f"together_{i:05}" for i in range(4)]
 
 
 @pytest.mark.parametrize(

@@ -334,7 +334,7 @@ def _pixels(x_0: jax.Array) -> np.ndarray:
     x = np.asarray(x_0)
     pixels = to_uint8(x)
     if abs(to_float(pixels) - x).max(initial=0) > 1e-6:
-        raise ValueError("lossless: x_0 must be 8-bit pixels, k/127.5 - 1 of k = 0..255")
+        raise ValueError("x_0 is of values that are not 8-bit pixels, k/127.5 - 1 of k = 0..255")
     return pixels.reshape(len(x), -1)
 
 

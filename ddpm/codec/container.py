@@ -40,7 +40,7 @@ _LOSSLESS, _TILED, _SPREADS, _NU = 0x80, 0x40, 0x20, 0x1F
 
 
 class Header(NamedTuple):
-    """What is said of a file before its packets."""
+    """The facts of a file that come before its packets."""
 
     lossless: bool
     model: bytes

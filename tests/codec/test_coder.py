@@ -254,7 +254,7 @@ def _nan(x_t, t):
     ("x_0", "options", "said"),
     [
         (np.zeros((2, 8), np.uint8), {}, "x_0 is of uint8: must be scaled"),
-        (np.full((2, 8), 0.001, np.float32), {"lossless": True}, "must be 8-bit pixels"),
+        (np.full((2, 8), 0.001, np.float32), {"lossless": True}, "not 8-bit pixels"),
         (np.zeros((2, 8), np.float32), {"rate": 1.0, "lossless": True}, "has no rate"),
         (np.zeros((2, 8), np.float32), {"nu": 17}, r"nu = 17 .*in 3\.\.16"),
         (np.zeros((2, 1), np.float32), {}, "2 dimensions of all images together: .* 3 or more"),
