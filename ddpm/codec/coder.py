@@ -10,7 +10,7 @@ together: the more they are, the closer their bits come to the model's bound.
 
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -102,15 +102,16 @@ def encode(
       key: from which the file's 32-bit seed is drawn.
       rate: bits/dim of the packets, at most; without end, to t = 1 or as far as a packet goes.
       target_psnr: in dB, where to end.
-      lossless: with the pixels, k/127.5 - 1 of k = 0..255, to the last bit.
+      lossless: with the pixels, k/127.5 - 1 of k = 0..255, to the last bit; of no given rate.
       nu: bits of the trellis' state, 3..16: 12 costs about 7 % more bits than an ideal coder, 16
         about 4 %, in 16 times the time.
-      model: bytes that name the denoiser and the schedule, of which `decode` checks the first 8.
+      model: bytes that name the denoiser and the schedule, of which `decode` checks the first 6.
 
     The denoiser is called about 100 times. It should be one object in repeated calls, as what is
     compiled is kept by it, and for a large network `jax.tree_util.Partial(function, parameters)`,
     so that they are not compiled in. Raises ValueError for x_0 of integers or, if lossless, of
-    other values than pixels have.
+    other values than pixels have; for a rate of less than a packet; and for a denoiser that is not
+    finite.
     """
     seed = int(jax.random.bits(key, (), jnp.uint32))
     found = encode_files(
@@ -148,48 +149,54 @@ def encode_files(
     which the G images are tiles (`tiles.cut`); `progress` is called after each packet.
     """
     x_0, denoiser = jnp.float32(check_scaled(x_0)), _partial(denoiser)
+    if not 3 <= x_0.ndim <= 5 or not x_0.size:
+        raise ValueError(
+            f"x_0 is of shape {list(x_0.shape[1:])}: must be [G, ...], one image or more of 1 to 3 "
+            "dimensions each"
+        )
+    if lossless and (rate, target_psnr) != (None, None):
+        raise ValueError("lossless: a file of the very pixels has no rate or PSNR to keep to")
     pixels = _pixels(x_0) if lossless else None
     error = None if target_psnr is None else PEAK**2 / 10 ** (target_psnr / 10)
     if layout is None:
         aim = _LOSSLESS_ERROR if lossless else error
         layout = choose_layout(schedule, denoiser, x_0, seed=seed, nu=nu, rate=rate, error=aim)
+    pack_header(Header(lossless, _model(model), seed, layout, 1, 0, 0, 0, picture))  # or refuses
     files = range(len(x_0))
     state = packets.start(schedule, layout, seed, len(x_0))
     sent: list[Packet] = []
     errors: list[np.ndarray] = []  # after each number of packets, from 0; [F], as those below
     kls = [np.zeros(len(x_0))]
-    pixel_bits: list[list[float]] = []
-    means = [np.zeros(0)] * len(x_0)  # where the pixels take the fewest bits
+    ends: list[int | None] = [None] * len(x_0)  # a file that has ended is kept in the batch
+    totals: list[list[float]] = [[] for _ in files]  # bits after each number of packets, from 1
+    means = [np.zeros(0)] * len(x_0)  # where a file takes the fewest bits
     while True:
         estimated = estimate(denoiser, state.x_t, state.t)
-        error_now = packets.squared_error(x_0, estimated)
-        errors.append(np.asarray(error_now))
+        errors.append(np.asarray(packets.squared_error(x_0, estimated)))
         words = np.uint32(seed), np.uint32(len(sent))
         w = packets.spread(schedule, denoiser, layout, *words, state.x_t, state.t)
         gain = packets.snr_gain(x_0, estimated, packets.variance_ratio(layout.kl, w))
-        if not np.isfinite(errors[-1]).all():
+        going = [i for i in files if ends[i] is None]
+        if not np.isfinite(errors[-1][going]).all():
             raise ValueError("the denoiser's x_0 is not finite")
         if not sent:
             stride = packets.first_stride(schedule, state.t, gain)
             state, first = state._replace(stride=stride), np.asarray(stride)
-        if pixels is not None:
-            now = np.asarray(estimated).reshape(pixels.shape)
-            pixel_bits.append([pixel_coder.cost(pixels[i], now[i]) for i in files])
-            for i in files:
-                if _total_bits(layout, pixel_bits, i).argmin() == len(sent):
-                    means[i] = now[i]
         last = np.asarray(packets.too_coarse(schedule, state.t, gain))
-        ends = [
-            _end(
-                layout,
-                np.asarray(errors)[:, i],
-                _total_bits(layout, pixel_bits, i) if lossless else None,
-                bool(last[i]),
-                rate,
-                error,
+        for i in going:
+            if pixels is not None and sent:
+                now = np.asarray(estimated[i]).ravel()
+                bits = pixel_coder.cost(pixels[i], now) + len(sent) * layout.packet_bits
+                if bits < min(totals[i], default=np.inf):
+                    means[i] = now
+                totals[i].append(bits)
+            ends[i] = (
+                _end_of_packets(layout, len(sent), errors[-1][i], bool(last[i]), rate, error)
+                if pixels is None
+                else _end_before_pixels(totals[i], bool(last[i]))
             )
-            for i in files
-        ]
+            if ends[i] == 0:
+                _refuse(layout, bool(last[i]))
         if None not in ends:
             break
         state, packet, kl = packets.send(schedule, layout, *words, state, x_0, estimated, w)
@@ -210,7 +217,7 @@ def encode_files(
         if pixels is not None:
             tail, checked = pixel_coder.encode(pixels[i], means[i]), pixels[i].tobytes()
         about = Header(lossless, _model(model), seed, layout, end, int(first[i]), len(tail),
-                       zlib.crc32(checked))  # fmt: skip
+                       zlib.crc32(checked), picture)  # fmt: skip
         found.append(Encoded(pack_header(about) + payload + tail, curve, len(tail)))
     return found
 
@@ -299,39 +306,27 @@ def finished(
     return found._replace(x_0=x_0)
 
 
-def _end(
-    layout: Layout,
-    errors: np.ndarray,
-    bits: np.ndarray | None,
-    last: bool,
-    rate: float | None,
-    error: float | None,
+def _end_of_packets(
+    layout: Layout, count: int, now: float, last: bool, rate: float | None, error: float | None
 ) -> int | None:
-    """Returns the number of packets with which a file ends, or None if more may come.
-
-    Raises ValueError where not one can be sent.
-    """
-    count = len(errors) - 1
-    if bits is not None:
-        best = int(bits[1:].argmin()) + 1 if count else 0
-        done = last or (count - best >= _PATIENCE and count > 0)
-        end = best if done else None
-    else:
-        over = rate is not None and (count + 1) * layout.packet_bits > rate * layout.dimensions
-        fine = error is not None and count > 0 and errors[-1] <= error
-        end = count if last or over or fine else None
-    if end == 0:
-        why = "its first step has more bits: take a schedule of more" if last else "more than rate"
-        raise ValueError(
-            f"not one packet can be sent, of {layout.packet_bits / layout.dimensions:.3f} "
-            f"bits/dim: {why}"
-        )
-    return end
+    """Returns the number of packets with which a lossy file ends, or None if more may come."""
+    over = rate is not None and (count + 1) * layout.packet_bits > rate * layout.dimensions
+    fine = error is not None and count > 0 and now <= error
+    return count if last or over or fine else None
 
 
-def _total_bits(layout: Layout, pixel_bits: list[list[float]], file: int) -> np.ndarray:
-    """Returns the bits of a file that ends after each number of packets."""
-    return np.asarray(pixel_bits)[:, file] + np.arange(len(pixel_bits)) * layout.packet_bits
+def _end_before_pixels(totals: list[float], last: bool) -> int | None:
+    """Returns the number of packets of the fewest bits, or None if more packets may take fewer."""
+    best = int(np.argmin(totals)) + 1 if totals else 0
+    return best if last or (totals and len(totals) - best >= _PATIENCE) else None
+
+
+def _refuse(layout: Layout, last: bool) -> NoReturn:
+    why = "its first step has more bits: take a schedule of more" if last else "more than rate"
+    raise ValueError(
+        f"not one packet can be sent, of {layout.packet_bits / layout.dimensions:.3f} "
+        f"bits/dim: {why}"
+    )
 
 
 def _pixels(x_0: jax.Array) -> np.ndarray:

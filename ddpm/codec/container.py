@@ -17,8 +17,8 @@
     2      the lower half of the CRC-32 of the bytes before it
 
 Integers are little-endian; bits are packed from a byte's highest. Packets fill whole bytes with
-zeros at the end of the last. No length in a file is of something to allocate before it is known to
-be no more than the file's own bits give.
+zeros at the end of the last. A packet has a bit or more for each image and for each 2^14 dimensions
+of them, and a lane no more than 2048: so a file's size bounds what is allocated to decode it.
 """
 
 import math
@@ -67,6 +67,10 @@ def pack_header(header: Header) -> bytes:
         shape = (*picture, *shape[2:])
     kind = layout.nu | _SPREADS * layout.spreads
     kind |= _TILED * (picture is not None) | _LOSSLESS * header.lossless
+    if not layout.allowed:
+        raise ValueError(f"{layout} has no place in a file")
+    if picture is not None and max(layout.shape[:2]) > 256:
+        raise ValueError(f"tiles of shape {layout.shape}: must be of at most 256 x 256")
     try:
         fields = _FIELDS.pack(MAGIC, VERSION, header.model, header.seed, images, *shape, kind,
                               layout.lanes, layout.bits, header.packets, header.stride,
@@ -100,10 +104,10 @@ def read_header(data: bytes) -> Header:
     shape = tuple(size for size in (height, width, channels) if size)
     nu, lossless = kind & _NU, bool(kind & _LOSSLESS)
     layout = Layout(images, shape, lanes, bits, nu, bool(kind & _SPREADS))
-    sizes = images >= 1 and shape == (height, width, channels)[: len(shape)] and len(shape) > 0
-    trellis = 3 <= nu <= 16 and lanes >= 1 and bits >= 3 and sizes and bits <= layout.lane
-    # A packet has one bit or more for each image: so a file's size bounds what is allocated.
-    if not trellis or lanes * bits < images or not packets or (pixel_bytes and not lossless):
+    sizes = (height, width, channels)[: len(shape)] == shape and len(shape) >= 1
+    tiled = picture is None or len(shape) == 3
+    counts = packets >= 1 and (lossless or not pixel_bytes)
+    if not (sizes and tiled and counts and layout.allowed):
         raise ValueError("the header is damaged: its fields contradict each other")
     return Header(lossless, model, seed, layout, packets, stride, pixel_bytes, crc, picture)
 

@@ -32,7 +32,11 @@ from ddpm.diffusion.schedules import NoiseSchedule
 
 RATIO = 1.05  # bits for each of the KL: what is sent is then spread as a draw from the target
 CHANGE_BITS = 4
-_SLOWER = 11  # of the 16 changes of the stride, those that shorten it
+# Of the stride's place in the list. Large ones are for the first packets: where a schedule ends in
+# noise alone, its first stride is many times its second.
+_CHANGES = np.asarray([-24, -19, -15, -12, -10, -8, -6, -5, -4, -3, -2, -1, 0, 1, 2, 4], np.int32)
+_MOST_DIMENSIONS = 1 << 14  # for each bit of a packet
+_MOST_BITS = 2048  # of a lane: a decoder draws the codewords of all at once
 _START = 0xFFFFFFFF  # the number of the packet that is not sent, x_T
 _SIGNS = 0xFFFFFFFE  # the block of a packet's numbers that is not the trellis'
 
@@ -66,6 +70,19 @@ class Layout(NamedTuple):
     def kl(self) -> float:
         """The KL of a packet in nats, over N."""
         return math.log(2) * self.lanes * self.bits / (RATIO * self.dimensions)
+
+    @property
+    def allowed(self) -> bool:
+        """The answer whether files may have this layout: it bounds memory by a packet's bits."""
+        total = self.lanes * self.bits
+        return (
+            3 <= self.nu <= 16
+            and len(self.shape) in (1, 2, 3)
+            and min(self.shape) >= 1
+            and 1 <= self.images <= total
+            and 3 <= self.bits <= min(self.lane, _MOST_BITS)
+            and self.dimensions <= _MOST_DIMENSIONS * total
+        )
 
 
 class State(NamedTuple):
@@ -189,7 +206,7 @@ def send(
     `estimated` is the denoiser's x_0 at the state, w its spread; `number` counts packets from 0.
     """
     ratio = variance_ratio(layout.kl, w)
-    candidates = _changed(schedule, state.stride[:, None], jnp.arange(1 << CHANGE_BITS))
+    candidates = _changed(schedule, state.stride[:, None], jnp.arange(len(_CHANGES)))
     change, stride = _nearest(schedule, state.t, snr_gain(x_0, estimated, ratio), candidates)
     mean = target_mean(schedule, state.t, stride, x_0 - estimated, ratio)
     key = _key(seed, number)
@@ -263,7 +280,8 @@ def _key(seed: jax.Array | int, number: jax.Array | int) -> jax.Array:
 
 
 def _changed(schedule: NoiseSchedule, stride: jax.Array, change: jax.Array) -> jax.Array:
-    return jnp.clip(stride + change - _SLOWER, 0, len(strides(schedule.num_steps)) - 1)
+    changed = stride + jnp.asarray(_CHANGES)[change]
+    return jnp.clip(changed, 0, len(strides(schedule.num_steps)) - 1)
 
 
 def _earlier(schedule: NoiseSchedule, t: jax.Array, stride: jax.Array) -> jax.Array:

@@ -128,12 +128,17 @@ def _layouts(images: int, shape: tuple[int, ...], nu: int) -> list[Layout]:
     found = []
     if images <= _FEW_BITS:
         found.append(Layout(images, shape, 1, min(_FEW_BITS, nu, size), nu))
-    total = float(max(_LEAST_BITS, images))
+    total = float(max(min(_LEAST_BITS, size), images))
     while total <= size:
         lanes = max(1, round(total / LANE_BITS))
-        layout = Layout(images, shape, lanes, round(total / lanes), nu)
-        found += [layout] if layout.bits <= layout.lane else []
+        found.append(Layout(images, shape, lanes, round(total / lanes), nu))
         total *= math.sqrt(2)
+    found = [layout for layout in found if layout.allowed]
+    if not found:
+        raise ValueError(
+            f"nu = {nu} and {size} dimensions of all images together: must be in 3..16, and 3 or "
+            "more"
+        )
     return found
 
 
