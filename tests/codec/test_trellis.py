@@ -81,6 +81,22 @@ def test_what_is_sent_looks_like_a_draw_from_the_target():
     assert float(residual.var()) > 1.1
 
 
+def test_the_oldest_and_the_newest_bit_flip_the_sign():
+    """So the two ways on from a state are opposite, and the two that meet in the next."""
+    nu, n = 5, 12
+    bits = np.random.default_rng(0).integers(0, 2, (20, n)).astype(bool)
+    flipped = bits.copy()
+    flipped[:, 3] ^= True
+    z, other = (np.asarray(trellis.decode(KEY, b, 2 * n, nu)).reshape(20, n, 2)
+                for b in (jnp.asarray(bits), jnp.asarray(flipped)))  # fmt: skip
+    newest, oldest = 3, 3 + nu - 1
+    np.testing.assert_array_equal(other[:, [newest, oldest]], -z[:, [newest, oldest]])
+    assert (abs(other[:, newest + 1 : oldest]) != abs(z[:, newest + 1 : oldest])).mean() > 0.9
+    rest = [k for k in range(n) if not newest <= k <= oldest]
+    np.testing.assert_array_equal(other[:, rest], z[:, rest])
+    assert len(np.unique(abs(z[:, 0]), axis=0)) > 4  # signs are not all that differs
+
+
 def test_kl_is_the_closed_form():
     aim = target(0.7, 5, batch=2)
     m, v = (np.asarray(x, np.float64) for x in aim)
