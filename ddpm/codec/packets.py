@@ -19,7 +19,8 @@ dimensions are shuffled and cut into lanes of a few hundred bits, which share th
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ CHANGE_BITS = 4
 _CHANGES = np.asarray([-24, -19, -15, -12, -10, -8, -6, -5, -4, -3, -2, -1, 0, 1, 2, 4], np.int32)
 _MOST_DIMENSIONS = 1 << 14  # for each bit of a packet
 _MOST_BITS = 2048  # of a lane: a decoder draws the codewords of all at once
+_LANES_AT_ONCE = 256  # that the search has in memory, about 2 MB each
 _START = 0xFFFFFFFF  # the number of the packet that is not sent, x_T
 _SIGNS = 0xFFFFFFFE  # the block of a packet's numbers that is not the trellis'
 
@@ -217,7 +219,11 @@ def send(
     change, stride = _nearest(schedule, state.t, snr_gain(x_0, estimated, ratio), candidates)
     mean = target_mean(schedule, state.t, stride, x_0 - estimated, ratio)
     key = _key(seed, number)
-    bits = trellis.encode(key, _target(layout, key, mean, 1 / ratio), layout.bits, layout.nu)
+
+    def search(target: trellis.Target) -> jax.Array:
+        return trellis.encode(key, target, layout.bits, layout.nu)
+
+    bits = in_chunks(search, _target(layout, key, mean, 1 / ratio), _LANES_AT_ONCE)
     packet = Packet(change, bits.reshape(len(x_0), layout.lanes, layout.bits))
     kl = trellis.kl(trellis.Target(*(x.reshape(len(x), -1) for x in (mean, 1 / ratio))))
     found = receive(schedule, layout, seed, number, state, packet, estimated, w)
@@ -281,6 +287,18 @@ def too_coarse(schedule: NoiseSchedule, t: jax.Array, gain: jax.Array) -> jax.Ar
     has more than 1.5 times the gain of SNR that a packet is of."""
     step = schedule.between(jnp.maximum(t - 1, 1), t)
     return (t == 1) | (jnp.exp(step.s.high) * step.snr_loss > 1.5 * gain)
+
+
+def in_chunks(function: Callable[[Any], Any], given: Any, size: int) -> Any:
+    """Returns function(given), computed of `size` rows at a time: to bound memory, where a row of
+    what it returns depends on one row of its arguments. Both are trees of arrays [B, ...]."""
+    count = len(jax.tree.leaves(given)[0])
+    if count <= size:
+        return function(given)
+    chunks = -(-count // size)
+    rows = np.minimum(np.arange(chunks * size), count - 1).reshape(chunks, size)
+    found = jax.lax.map(lambda chunk: function(jax.tree.map(lambda x: x[chunk], given)), rows)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
 
 
 def _key(seed: jax.typing.ArrayLike, number: jax.typing.ArrayLike) -> jax.Array:

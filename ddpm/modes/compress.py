@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ddpm.build.data import decoding
 from ddpm.codec import coder, tiles
 from ddpm.codec.container import HEADER_BYTES, MODEL_BYTES, read_header
-from ddpm.codec.packets import Layout
+from ddpm.codec.packets import Layout, in_chunks
 from ddpm.diffusion.pixels import to_float
 from ddpm.diffusion.predictions import Denoiser, Prediction
 from ddpm.errors import InputError
@@ -119,10 +119,14 @@ def check_codes(run: Run) -> None:
 
 
 def denoiser_of(run: Run) -> Denoiser:
-    """Returns the run's denoiser with its parameters, as `codec.estimate` takes it."""
+    """Returns the run's denoiser with its parameters, as `codec.encode` takes it. The network has
+    config.sampling.batch_size images at once."""
 
     def denoise(params: Any, x_t: jax.Array, t: jax.Array) -> Prediction:
-        return run.built.denoiser(params)(x_t, t)
+        denoiser = run.built.denoiser(params)
+        most = run.built.config.sampling.batch_size
+        found: Prediction = in_chunks(lambda given: denoiser(*given), (x_t, t), most)
+        return found
 
     return Partial(denoise, run.params)
 

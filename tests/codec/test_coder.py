@@ -12,7 +12,7 @@ from scipy import stats
 from ddpm import Prediction, schedules
 from ddpm.codec import coder, rates
 from ddpm.codec.container import HEADER_BYTES, read_header
-from ddpm.codec.packets import Layout
+from ddpm.codec.packets import Layout, in_chunks
 from ddpm.codec.plan import choose_layout
 from tests.codec.toys import gaussian, pixels
 from tests.exact import close
@@ -272,6 +272,21 @@ def test_a_denoiser_that_is_not_finite_and_a_rate_too_low():
         coder.encode_files(SHORT, _nan, x_0, 0, layout=SMALL)
     with pytest.raises(ValueError, match=r"not one packet .* 0\.344 bits/dim: more than rate"):
         coder.encode_files(SHORT, gaussian(SHORT, 1.0), x_0, 0, layout=SMALL, rate=0.3)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 9])
+def test_chunks_give_what_the_whole_does(count):
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(count, 4)), jnp.float32)
+    sizes = []
+
+    def function(given):
+        sizes.append(len(given[0]))
+        return {"sum": given[0].sum(axis=1) + given[1], "nothing": None}
+
+    found = in_chunks(function, (z, jnp.arange(count)), 3)
+    assert found["nothing"] is None
+    np.testing.assert_allclose(found["sum"], z.sum(axis=1) + np.arange(count), rtol=1e-6)
+    assert set(sizes) == {min(count, 3)}
 
 
 def test_many_small_images_have_a_layout():
