@@ -76,6 +76,8 @@ def test_pictures_come_back_to_the_last_bit(workdir, compressed, tmp_path):
     done = does(workdir, "decompress", folder, found, sampling__batch_size=1)
     assert done.stdout.startswith("4 files: 4 without loss, 0 by packets alone\n")
     assert names(found) == {"0.png", "1.v2.png", "below/0.png", "big.png", "progressive.png"}
+    exact = does(workdir, "decompress", folder / "0.ddpm", tmp_path / "all", "--rate=8")
+    assert exact.stdout.startswith("1 files: 1 without loss")
     for name, expected in (("0", DIGITS[0]), ("1.v2", DIGITS[1]), ("below/0", DIGITS[2])):
         np.testing.assert_array_equal(read(found / f"{name}.png"), expected)
     np.testing.assert_array_equal(read(found / "big.png"), BIG)
@@ -108,9 +110,11 @@ def test_a_cut_off_file_and_a_rate_to_read_to(workdir, compressed, tmp_path):
     (tmp_path / "0.ddpm").write_bytes(whole[:-1])
     cut = does(workdir, "decompress", tmp_path / "0.ddpm", tmp_path / "cut")
     assert cut.stdout.startswith("1 files: 0 without loss, 1 by packets alone\n")
-    rate = 8 * (len(whole) - 1 - HEADER_BYTES) / 64
+    header = read_header(whole)
+    # As in rate_distortion.json: no less is read by rounding.
+    rate = np.float32(header.packets * header.layout.packet_bits / 64)
     given = compressed[0] / "0.ddpm"
-    does(workdir, "decompress", given, tmp_path / "read", f"--rate={rate + 0.01}")
+    does(workdir, "decompress", given, tmp_path / "read", f"--rate={rate - 1e-8}")
     coarse = read(tmp_path / "cut" / "0.png")
     assert (coarse != DIGITS[0]).any()
     np.testing.assert_array_equal(read(tmp_path / "read" / "0.png"), coarse)
@@ -194,6 +198,7 @@ def test_wrong_flags(tmp_path, flags, said):
         ("decompress", "0.ddpm,other/0.ddpm", [], "0.png would be written twice"),
         ("decompress", "progressive.ddpm", [], "progressive.png would be written twice"),
         ("decompress", "0.ddpm", ["--config.sampling.clip=False"], "made with another model"),
+        ("decompress", "0.ddpm", ["--rate=0.01"], "0.ddpm: --rate=0.01: its first packet is of 0."),
         ("decompress", "broken.ddpm", [], "broken.ddpm: the header is damaged"),
         ("decompress", "larger.ddpm", [], "is of images of 9x8x1, the model's are 8x8x1"),
     ],

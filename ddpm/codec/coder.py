@@ -278,8 +278,9 @@ def decode(
         (DDIM). Of a whole lossless file it is not needed.
       model: as in `encode`: raises ValueError where the file was made by another.
 
-    Raises ValueError for bytes that are foreign, damaged, of other images than the denoiser takes,
-    or whose pixels come out otherwise than they were.
+    Raises ValueError for bytes that are foreign, damaged or of another model, or whose pixels come
+    out otherwise than they were. What comes from others may ask for images of any shape: compare
+    `container.read_header(data).layout.shape` with the model's first.
     """
     for last in decodings(schedule, denoiser, data, model=model):  # noqa: B007
         pass

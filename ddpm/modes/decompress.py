@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm.codec import coder, tiles
-from ddpm.codec.container import HEADER_BYTES, read_header
+from ddpm.codec.container import HEADER_BYTES, Header, read_header
 from ddpm.diffusion.pixels import to_uint8
 from ddpm.diffusion.predictions import Denoiser
 from ddpm.errors import InputError
@@ -82,8 +82,7 @@ def _decoded(
             f"{by(run.built.image_shape)}"
         )
     if rate is not None:
-        bits = min(rate * header.layout.dimensions, 8 * len(data))
-        data = data[: HEADER_BYTES + int(bits) // 8]
+        data = _read_to(data, header, rate)
     stages = []
     for last in coder.decodings(schedule, denoiser, data, model=model_name(run)):
         stages.append(to_uint8(np.asarray(last.x_0[:ROWS])))
@@ -96,6 +95,19 @@ def _decoded(
     if header.picture is not None:
         return [tiles.joined(images, header.picture)], rows, last.lossless
     return list(images), rows, last.lossless
+
+
+def _read_to(data: bytes, header: Header, rate: float) -> bytes:
+    """Returns the bytes of the packets of a rate, or all if a file has no more bits/dim."""
+    bits, packet = rate * header.layout.dimensions, header.layout.packet_bits
+    count = int(bits / packet + 1e-6)  # a rate of the curve may be a little less than its packets
+    if count == 0:
+        raise ValueError(
+            f"--rate={rate:g}: its first packet is of {packet / header.layout.dimensions:.3g} "
+            "bits/dim"
+        )
+    whole = bits >= 8 * (len(data) - HEADER_BYTES)
+    return data if whole else data[: HEADER_BYTES + -(-count * packet // 8)]
 
 
 def _files(given: str) -> list[tuple[Path, Path]]:
