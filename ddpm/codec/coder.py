@@ -37,7 +37,6 @@ from ddpm.sampling.samplers import ancestral, ddim
 
 PEAK = 2.0  # the range of x_0, for the PSNR
 _PATIENCE = 6  # packets without a gain, after which no better end is sought
-_LOSSLESS_ERROR = 1e-3  # about where the pixels' own code takes over
 _OTHERWISE = (
     "the pixels do not come out as they were: the file is damaged, or the network is computed "
     "otherwise here; cut off its last byte to have the images without it"
@@ -159,8 +158,9 @@ def encode_files(
     pixels = _pixels(x_0) if lossless else None
     error = None if target_psnr is None else PEAK**2 / 10 ** (target_psnr / 10)
     if layout is None:
-        aim = _LOSSLESS_ERROR if lossless else error
-        layout = choose_layout(schedule, denoiser, x_0, seed=seed, nu=nu, rate=rate, error=aim)
+        layout = choose_layout(
+            schedule, denoiser, x_0, seed=seed, nu=nu, rate=rate, error=error, lossless=lossless
+        )
     pack_header(Header(lossless, _model(model), seed, layout, 1, 0, 0, 0, picture))  # or refuses
     files = range(len(x_0))
     state = packets.start(schedule, layout, np.uint32(seed), len(x_0))

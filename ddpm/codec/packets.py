@@ -32,6 +32,7 @@ from ddpm.diffusion.predictions import Denoiser, predict
 from ddpm.diffusion.schedules import NoiseSchedule
 
 RATIO = 1.05  # bits for each of the KL: what is sent is then spread as a draw from the target
+COARSE = 1.5  # times the SNR that a packet gains: the most that a step from t to t - 1 may
 CHANGE_BITS = 4
 # Of the stride's place in the list. Large ones are for the first packets: where a schedule ends in
 # noise alone, its first stride is many times its second.
@@ -284,9 +285,9 @@ def step(
 @jax.jit
 def too_coarse(schedule: NoiseSchedule, t: jax.Array, gain: jax.Array) -> jax.Array:
     """Returns for which of the files no packet more can be sent, bool[F]: t is 1, or a stride of 1
-    has more than 1.5 times the gain of SNR that a packet is of."""
+    gains more than `COARSE` times the SNR that a packet does."""
     step = schedule.between(jnp.maximum(t - 1, 1), t)
-    return (t == 1) | (jnp.exp(step.s.high) * step.snr_loss > 1.5 * gain)
+    return (t == 1) | (jnp.exp(step.s.high) * step.snr_loss > COARSE * gain)
 
 
 def in_chunks(function: Callable[[Any], Any], given: Any, size: int) -> Any:

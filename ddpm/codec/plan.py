@@ -22,6 +22,7 @@ LANE_BITS = 400
 _LEAST_BITS = 32  # but for those of which all sequences are tried
 _FEW_BITS = 12
 _TIMES = 10
+_LOSSLESS_ERROR = 1e-3  # about where the pixels' own code takes over
 _MOST_SPREAD = 0.33  # bits for each dimension of a lane, where few of them may have most of the KL
 _SPREADS_FROM = 0.97  # of the bits: what the spread must save, for two more calls at each packet
 
@@ -35,11 +36,14 @@ def choose_layout(
     nu: int = 12,
     rate: float | None = None,
     error: float | None = None,
+    lossless: bool = False,
 ) -> Layout:
     """Returns the layout for files of x_0 [F, G, ...] that should cost the fewest bits.
 
     It is for files that end at a rate in bits/dim or at a mean squared error, whichever is given
-    and comes first; else at t = 1. Calls the denoiser 30 times.
+    and comes first, whose packets are long enough for the steps from t to t - 1 on the way there;
+    or, if lossless, where the pixels' own code takes over; else as far as packets go. Calls the
+    denoiser 30 times.
     """
     log_snr = np.asarray(schedule.log_snr, np.float64)
     wanted = np.linspace(max(log_snr[-1], -8.0), log_snr[1], _TIMES)
@@ -66,18 +70,23 @@ def choose_layout(
     ends = np.full(len(snr), False)
     if rate is not None:
         ends |= ideal >= rate
-    if error is not None:
-        ends |= fine <= error
+    if error is not None or lossless:
+        ends |= fine <= (_LOSSLESS_ERROR if error is None else error)
     end = int(ends.argmax()) if ends.any() else len(snr) - 1
+    finest = np.interp(snr, np.exp(log_snr[:0:-1])[:-1], np.diff(np.exp(log_snr[:0:-1])))
+    must_reach = not lossless and (rate is not None or error is not None)
     found = []
     for spreads, most in ((False, 1.0), (True, 1 / _SPREADS_FROM)):
         for i, layout in enumerate(layouts):
             if spreads and layout.bits > _MOST_SPREAD * layout.lane:
                 break
-            count = _packets(snr, finely(gains[:, int(spreads), i]), end)
+            gain = finely(gains[:, int(spreads), i])
+            stuck = finest[:end] > packets.COARSE * gain[:end]
+            far = int(stuck.argmax()) if must_reach and stuck.any() else end
             bits = (layout.packet_bits - CHANGE_BITS) * _overhead(layout.bits) + CHANGE_BITS
-            found.append((count * bits * most, i, layout._replace(spreads=spreads)))
-    return min(found)[2]
+            total = _packets(snr, gain, far) * bits * most
+            found.append((-far, total, i, layout._replace(spreads=spreads)))
+    return min(found)[-1]
 
 
 @functools.partial(jax.jit, static_argnames="layout")

@@ -79,8 +79,7 @@ def encode(key: jax.Array, target: Target, num_bits: int, nu: int = 12) -> jax.A
         bit = jnp.take_along_axis(forgotten, (state >> 1)[:, None].astype(int), axis=1)[:, 0]
         return (state >> 1) | (bit.astype(jnp.uint32) << (nu - 1)), (state & 1).astype(bool)
 
-    turns = max(1, -(-_LONG * nu // num_bits))
-    tried = min(1 << nu, max(1, -(-_TRIED * nu // num_bits)))
+    turns, tried = -(-_LONG * nu // num_bits), min(-(-_TRIED * nu // num_bits), 1 << nu)
     around = jnp.tile(jnp.roll(numbers, -half), turns)
     metric = jnp.zeros((len(target.mean), 1 << nu))
     metric, forgotten = jax.lax.scan(forward, metric, (around, weights[around]))
