@@ -142,7 +142,10 @@ def test_several_in_one_file_to_a_rate_or_a_psnr(workdir, tmp_path):
     does(workdir, "decompress", out, tmp_path / "found")
     assert names(tmp_path / "found") == {*(f"together_00000_00{i}.png" for i in range(3)),
                                          "progressive.png"}  # fmt: skip
-    does(workdir, "compress", given, tmp_path / "psnr", "--psnr=9", codec__together=3)
+    far = does(workdir, "compress", given, tmp_path / "far", "--psnr=90", codec__together=3)
+    assert "1 of 1 files end before --psnr=90: " in far.stderr
+    near = does(workdir, "compress", given, tmp_path / "psnr", "--psnr=9", codec__together=3)
+    assert "end before" not in near.stderr
     points = json.loads((tmp_path / "psnr" / "rate_distortion.json").read_text())
     assert points[-1]["psnr"] >= 9
 

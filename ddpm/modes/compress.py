@@ -94,6 +94,12 @@ def compress(
             written += found
             dimensions += images.size
             bar.update(images.shape[0] * images.shape[1])
+    short = sum(file.curve[-1].psnr < psnr for file in written) if psnr is not None else 0
+    if short:
+        say(
+            f"{short:,} of {len(written):,} files end before --psnr={psnr:g}: the schedule's last "
+            "steps are longer than a packet"
+        )
     print(_summary(written, dimensions, len(pictures.names)))
     if whole:
         curve = folder / CURVE
