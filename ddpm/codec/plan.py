@@ -140,9 +140,11 @@ def _layouts(images: int, shape: tuple[int, ...], nu: int) -> list[Layout]:
     total = float(max(min(_LEAST_BITS, size), images))
     while total <= size:
         lanes = max(1, round(total / LANE_BITS))
-        found.append(Layout(images, shape, lanes, round(total / lanes), nu))
+        bits = round(total / lanes)
+        # A long memory is of no use to a short lane: it bites its tail before it has begun.
+        found.append(Layout(images, shape, lanes, bits, min(nu, max(8, bits // 4))))
         total *= math.sqrt(2)
-    found = [layout for layout in found if layout.allowed]
+    found = [layout for layout in found if layout.allowed and 3 <= nu <= 16]
     if not found:
         raise ValueError(
             f"nu = {nu} and {size} dimensions of all images together: must be in 3..16, and 3 or "
