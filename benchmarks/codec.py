@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--alone", type=int, default=16)
     parser.add_argument("--baseline", type=int, default=4)
+    parser.add_argument("--bound", type=int, default=16, help="images of which the bound is taken")
     parser.add_argument("--moments", action="store_true")
     parser.add_argument("--nu", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("codec"))
@@ -62,17 +63,18 @@ def main() -> None:
     denoiser = Partial(lambda params, x_t, t: built.denoiser(params)(x_t, t), params)
     schedule = model.schedule
     result: dict[str, Any] = {"model": repr(model), "images": len(images), "nu": given.nu}
-    result["bound"] = bounds(schedule, denoiser, x_0, given.moments)
     together, curve = code(schedule, denoiser, x_0[None], given.nu)
     result["together"] = together
     alone, of_one = code(schedule, denoiser, x_0[: given.alone, None], given.nu)
     result["alone"] = alone
     write(given.out / "trellis_together.json", curve)
     write(given.out / "trellis_alone.json", of_one)
+    write(given.out / "codec.json", result)
     write(given.out / "ideal.json", ideal(schedule, denoiser, x_0))
+    result["bound"] = bounds(schedule, denoiser, x_0[: given.bound], given.moments)
+    write(given.out / "codec.json", result)
     baseline = reverse_channel_curve(schedule, denoiser, x_0[None, : given.baseline], given.nu)
     write(given.out / "reverse_channel.json", baseline)
-    write(given.out / "codec.json", result)
     print(json.dumps(result, indent=1))
 
 

@@ -10,7 +10,7 @@ ddpm.show(model.sample(jax.random.key(0), 16))
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ddpm import codec, energy
+from ddpm import energy
 from ddpm.diffusion import (
     continuous,
     flow,
@@ -52,6 +52,7 @@ from ddpm.sampling.solvers import dpm_solver, euler, heun, unipc
 from ddpm.version import __version__
 
 if TYPE_CHECKING:
+    from ddpm import codec
     from ddpm.files.pictures import show
     from ddpm.modes.notebook import load
 
@@ -117,14 +118,15 @@ __all__ = [
 ]
 
 # Imported when they are used: they need Orbax and others, which take longer than all of the above.
-_LATE = {"load": "ddpm.modes.notebook", "show": "ddpm.files.pictures"}
+_LATE = {"codec": "ddpm.codec", "load": "ddpm.modes.notebook", "show": "ddpm.files.pictures"}
 
 
 def __getattr__(name: str) -> Any:
     """Returns a public name that is imported late."""
     if name not in _LATE:
         raise AttributeError(f"module 'ddpm' has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(_LATE[name]), name)
+    module = importlib.import_module(_LATE[name])
+    found = globals()[name] = getattr(module, name, module)
     return found
 
 

@@ -165,7 +165,11 @@ MASK = {"editing__task": "inpaint"}
     ("flags", "overrides", "said"),
     [
         (["--mode=edit"], {}, ["--mode=edit needs --input"]),
-        (["--mode=sample", "--input=x.png"], {}, ["--input=x.png goes with --mode=edit alone"]),
+        (
+            ["--mode=sample", "--input=x.png"],
+            {},
+            ["--input=x.png goes with --mode=edit, compress, decompress alone"],
+        ),
         (["--mode=edit", "--input=x.png"], {"editing__t": 21}, ["editing.t = 21", "T = 20"]),
         (["--mode=edit", "--input=x.png"], MASK, ["needs config.editing.mask", "editing.box"]),
     ],

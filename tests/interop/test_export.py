@@ -220,7 +220,7 @@ def test_what_is_refused(workdir, tmp_path):
         )
     fails(
         command(ours, f"--out={out}", **OURS),
-        "--mode=export, sample, edit, compare, evaluate alone",
+        "--mode=export, sample, edit, compare, evaluate, compress, decompress alone",
     )
     fails(command(ours, "--mode=reference", "--init_from=x"), "uses no weights")
     for path, said in (
