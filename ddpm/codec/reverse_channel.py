@@ -38,7 +38,7 @@ def encode(key: jax.Array, target: Target, num_bits: float) -> jax.Array:
         raise ValueError(
             f"{num_bits:g} bits for {dimensions} dimensions: must be at most {_MOST_BITS} for each"
         )
-    weights = trellis._in_blocks(trellis._weights(target), chunks)  # [chunks, B, 2, width]
+    weights = trellis.in_blocks(trellis.score_weights(target), chunks)  # [chunks, B, 2, width]
     candidates = jnp.arange(_num_candidates(each), dtype=jnp.uint32)
 
     def choose(given: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -58,7 +58,7 @@ def decode(key: jax.Array, indices: jax.Array, dimensions: int) -> jax.Array:
     chunks = indices.shape[-1]
     if not 1 <= chunks <= dimensions:
         raise ValueError(f"{chunks} chunks of {dimensions} dimensions: must be 1..{dimensions}")
-    places = trellis._places(dimensions, chunks)
+    places = trellis.block_places(dimensions, chunks)
     numbers = jnp.arange(chunks, dtype=jnp.uint32)
     width, rows = places.shape[1], indices.astype(jnp.uint32)
     z = jax.vmap(lambda k, row: randomness.normals(key, k, row, width), (0, 1), 1)(numbers, rows)

@@ -54,7 +54,7 @@ def encode(key: jax.Array, target: Target, num_bits: int, nu: int = 12) -> jax.A
     """
     dimensions = target.mean.shape[-1]
     _check(dimensions, num_bits, nu)
-    weights = _in_blocks(_weights(target), num_bits)  # [n, B, 2, width]
+    weights = in_blocks(score_weights(target), num_bits)  # [n, B, 2, width]
     if num_bits <= nu:
         return _best_of_all(key, weights, num_bits)
     states = jnp.arange(1 << nu, dtype=jnp.uint32)
@@ -107,7 +107,7 @@ def decode(key: jax.Array, bits: jax.Array, dimensions: int, nu: int = 12) -> ja
                    for shift in range(min(nu, num_bits))]  # fmt: skip
     states = sum(newest_last[1:], newest_last[0])
     numbers = jnp.arange(num_bits, dtype=jnp.uint32)
-    places = _places(dimensions, num_bits)
+    places = block_places(dimensions, num_bits)
     width, length = places.shape[1], min(nu, num_bits)
     z = jax.vmap(lambda k, s: _codeword(key, k, s, width, length), (0, 1), 1)(numbers, states)
     # What pads a block goes to one place more, which is cut off.
@@ -125,7 +125,7 @@ def _check(dimensions: int, num_bits: int, nu: int) -> None:
         raise ValueError(f"nu = {nu}: must be a whole number in 3..16, 2^nu states")
 
 
-def _weights(target: Target) -> jax.Array:
+def score_weights(target: Target) -> jax.Array:
     """Returns the factors of z and z^2 in the score, [B, 2, D]."""
     m, v = target
     return jnp.stack([m / v, 0.5 - 0.5 / v], axis=1)
@@ -154,7 +154,7 @@ def _numbers(key: jax.Array, block: jax.Array, length: int, width: int) -> jax.A
     return randomness.normals(key, block, jnp.uint32(0), count)
 
 
-def _places(dimensions: int, num_bits: int) -> np.ndarray:
+def block_places(dimensions: int, num_bits: int) -> np.ndarray:
     """Returns which dimensions each block has, int[n, width], `dimensions` where there is none."""
     edges = np.arange(num_bits + 1) * dimensions // num_bits
     width = int(np.diff(edges).max())
@@ -162,10 +162,10 @@ def _places(dimensions: int, num_bits: int) -> np.ndarray:
     return np.where(inside < edges[1:, None], inside, dimensions)
 
 
-def _in_blocks(x: jax.Array, num_bits: int) -> jax.Array:
+def in_blocks(x: jax.Array, num_bits: int) -> jax.Array:
     """Returns x [B, 2, D] by blocks, [n, B, 2, width], with zeros where a block has no more."""
     padded = jnp.pad(x, ((0, 0), (0, 0), (0, 1)))
-    return jnp.moveaxis(padded[..., _places(x.shape[-1], num_bits)], 2, 0)
+    return jnp.moveaxis(padded[..., block_places(x.shape[-1], num_bits)], 2, 0)
 
 
 def _best_of_all(key: jax.Array, weights: jax.Array, num_bits: int) -> jax.Array:
