@@ -20,7 +20,6 @@ import checkout  # noqa: F401
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 import ddpm
 from ddpm.build.data import held_out
@@ -30,6 +29,7 @@ from ddpm.config import with_settings
 from ddpm.diffusion.likelihood import bits_per_dim
 from ddpm.diffusion.pixels import to_float
 from ddpm.files.atomic import check_writable
+from ddpm.modes.compress import denoiser_of
 
 CURVE_TIMES = 200
 DECIBELS = (18, 22, 26, 30, 35, 40)
@@ -59,9 +59,7 @@ def main() -> None:
     images = source.read(np.arange(min(given.count, len(source)))).image
     np.savez(given.out / "images.npz", images=images)
     x_0 = jnp.asarray(to_float(images))
-    params, built = model.params, model._run.built
-    denoiser = Partial(lambda params, x_t, t: built.denoiser(params)(x_t, t), params)
-    schedule = model.schedule
+    schedule, denoiser = model.schedule, denoiser_of(model._run)
     result: dict[str, Any] = {"model": repr(model), "images": len(images), "nu": given.nu}
     together, curve = code(schedule, denoiser, x_0[None], given.nu)
     result["together"] = together
@@ -137,9 +135,7 @@ def code(
 
 def ideal(schedule: Any, denoiser: Any, x_0: jax.Array) -> list[dict[str, float]]:
     """Returns the ideal curve of many short steps with matched variance."""
-    log_snr = np.asarray(schedule.log_snr)[1:]
-    wanted = np.linspace(max(float(log_snr[-1]), -8), log_snr[0], CURVE_TIMES)
-    times = np.unique(1 + np.abs(log_snr[:, None] - wanted).argmin(axis=0))
+    times = np.unique(plan.even_times(schedule, CURVE_TIMES))
     curve = jax.jit(
         lambda x: rates.ideal_curve(schedule, denoiser, x, jax.random.key(2), times)[1:]
     )(x_0)

@@ -175,7 +175,8 @@ def encode_files(
         errors.append(np.asarray(packets.squared_error(x_0, estimated)))
         words = np.uint32(seed), np.uint32(len(sent))
         w = packets.spread(schedule, denoiser, layout, *words, state.x_t, state.t)
-        gain = packets.snr_gain(x_0, estimated, packets.variance_ratio(layout.kl, w))
+        ratio = packets.variance_ratio(layout.kl, w)
+        gain = packets.snr_gain(x_0, estimated, ratio)
         going = [i for i in files if ends[i] is None]
         if not np.isfinite(errors[-1][going]).all():
             raise ValueError("the denoiser's x_0 is not finite")
@@ -199,7 +200,7 @@ def encode_files(
                 _refuse(layout, bool(last[i]))
         if None not in ends:
             break
-        state, packet, kl = packets.send(schedule, layout, *words, state, x_0, estimated, w)
+        state, packet, kl = packets.send(schedule, layout, *words, state, x_0, estimated, ratio)
         sent.append(jax.tree.map(np.asarray, packet))
         kls.append(np.asarray(kl))
         progress(len(sent))
@@ -251,7 +252,8 @@ def decodings(
         packet = Packet(jnp.asarray(changes[number])[None], jnp.asarray(bits[number])[None])
         words = seed, np.uint32(number)
         w = packets.spread(schedule, denoiser, layout, *words, state.x_t, state.t)
-        state = packets.receive(schedule, layout, *words, state, packet, estimated, w)
+        ratio = packets.variance_ratio(layout.kl, w)
+        state = packets.receive(schedule, layout, *words, state, packet, estimated, ratio)
         estimated = estimate(denoiser, state.x_t, state.t)
         rate = (number + 1) * layout.packet_bits / layout.dimensions
         yield Decoded(estimated[0], state.x_t[0], int(state.t[0]), rate, number + 1)

@@ -209,13 +209,13 @@ def send(
     state: State,
     x_0: jax.Array,
     estimated: jax.Array,
-    w: jax.Array,
+    ratio: jax.Array,
 ) -> tuple[State, Packet, jax.Array]:
     """Returns the state after a packet, the packet, and the KL that it is of, in bits [F].
 
-    `estimated` is the denoiser's x_0 at the state, w its spread; `number` counts packets from 0.
+    `estimated` is the denoiser's x_0 at the state, `ratio` is by `variance_ratio`; `number` counts
+    packets from 0.
     """
-    ratio = variance_ratio(layout.kl, w)
     candidates = _changed(schedule, state.stride[:, None], jnp.arange(len(_CHANGES)))
     change, stride = _nearest(schedule, state.t, snr_gain(x_0, estimated, ratio), candidates)
     mean = target_mean(schedule, state.t, stride, x_0 - estimated, ratio)
@@ -227,7 +227,7 @@ def send(
     bits = in_chunks(search, _target(layout, key, mean, 1 / ratio), _LANES_AT_ONCE)
     packet = Packet(change, bits.reshape(len(x_0), layout.lanes, layout.bits))
     kl = trellis.kl(trellis.Target(*(x.reshape(len(x), -1) for x in (mean, 1 / ratio))))
-    found = receive(schedule, layout, seed, number, state, packet, estimated, w)
+    found = receive(schedule, layout, seed, number, state, packet, estimated, ratio)
     return found, packet, kl / math.log(2)
 
 
@@ -240,7 +240,7 @@ def receive(
     state: State,
     packet: Packet,
     estimated: jax.Array,
-    w: jax.Array,
+    ratio: jax.Array,
 ) -> State:
     """Returns the state after a packet that came; the arguments are as in `send`."""
     stride = _changed(schedule, state.stride, packet.change)
@@ -249,8 +249,7 @@ def receive(
     z = trellis.decode(key, lanes, layout.lane, layout.nu).reshape(len(stride), -1)
     order = randomness.permutation(key, layout.dimensions)
     noise = jnp.zeros((len(z), layout.dimensions)).at[:, order].set(z[:, : layout.dimensions])
-    ratio = variance_ratio(layout.kl, w)
-    return step(schedule, state, stride, estimated, ratio, noise.reshape(w.shape))
+    return step(schedule, state, stride, estimated, ratio, noise.reshape(ratio.shape))
 
 
 def target_mean(

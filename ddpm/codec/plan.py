@@ -45,9 +45,7 @@ def choose_layout(
     or, if lossless, where the pixels' own code takes over; else as far as packets go. Calls the
     denoiser 30 times.
     """
-    log_snr = np.asarray(schedule.log_snr, np.float64)
-    wanted = np.linspace(max(log_snr[-1], -8.0), log_snr[1], _TIMES)
-    times = 1 + np.abs(log_snr[1:, None] - wanted).argmin(axis=0)
+    log_snr, times = np.asarray(schedule.log_snr, np.float64), even_times(schedule, _TIMES)
     layouts = _layouts(x_0.shape[1], x_0.shape[2:], nu)
     measured = _measured(
         schedule,
@@ -87,6 +85,14 @@ def choose_layout(
             total = _packets(snr, gain, far) * bits * most
             found.append((-far, total, i, layout._replace(spreads=spreads)))
     return min(found)[-1]
+
+
+def even_times(schedule: NoiseSchedule, count: int) -> np.ndarray:
+    """Returns whole times, falling, with log-SNR about evenly spread from -8 or T's to that of
+    t = 1; where steps are long, some of them twice."""
+    log_snr = np.asarray(schedule.log_snr, np.float64)
+    wanted = np.linspace(max(log_snr[-1], -8.0), log_snr[1], count)
+    return 1 + np.abs(log_snr[1:, None] - wanted).argmin(axis=0)
 
 
 @functools.partial(jax.jit, static_argnames="layout")

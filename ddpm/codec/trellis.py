@@ -103,16 +103,20 @@ def decode(key: jax.Array, bits: jax.Array, dimensions: int, nu: int = 12) -> ja
     """
     num_bits = bits.shape[-1]
     _check(dimensions, num_bits, nu)
-    newest_last = [jnp.roll(bits, shift, axis=-1).astype(jnp.uint32) << shift
-                   for shift in range(min(nu, num_bits))]  # fmt: skip
-    states = sum(newest_last[1:], newest_last[0])
     numbers = jnp.arange(num_bits, dtype=jnp.uint32)
     places = block_places(dimensions, num_bits)
     width, length = places.shape[1], min(nu, num_bits)
+    states = _states(bits, length)
     z = jax.vmap(lambda k, s: _codeword(key, k, s, width, length), (0, 1), 1)(numbers, states)
     # What pads a block goes to one place more, which is cut off.
     flat = jnp.zeros((len(bits), dimensions + 1)).at[:, places].set(z)
     return flat[:, :dimensions]
+
+
+def _states(bits: jax.Array, length: int) -> jax.Array:
+    """Returns the state after each bit, uint32[B, n]: the last `length` bits, the newest lowest."""
+    shifted = [jnp.roll(bits, k, axis=-1).astype(jnp.uint32) << k for k in range(length)]
+    return sum(shifted[1:], shifted[0])
 
 
 def _check(dimensions: int, num_bits: int, nu: int) -> None:
@@ -171,14 +175,12 @@ def in_blocks(x: jax.Array, num_bits: int) -> jax.Array:
 def _best_of_all(key: jax.Array, weights: jax.Array, num_bits: int) -> jax.Array:
     """Returns the best bits of all 2^n: with no more of them than nu, a state is all of them."""
     every = (jnp.arange(1 << num_bits)[:, None] >> jnp.arange(num_bits)) & 1
-    newest_last = [jnp.roll(every, shift, axis=-1) << shift for shift in range(num_bits)]
-    states = sum(newest_last[1:], newest_last[0]).astype(jnp.uint32)
 
     def add(total: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         block, state, weight = given
         g = _codeword(key, block, state, weight.shape[-1], num_bits)
         return total + weight[:, 0] @ g.T + weight[:, 1] @ (g**2).T, None
 
-    given = (jnp.arange(num_bits, dtype=jnp.uint32), states.T, weights)
+    given = (jnp.arange(num_bits, dtype=jnp.uint32), _states(every, num_bits).T, weights)
     total, _ = jax.lax.scan(add, jnp.zeros((weights.shape[1], 1 << num_bits)), given)
     return every[total.argmax(axis=1)].astype(bool)

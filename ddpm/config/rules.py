@@ -119,8 +119,9 @@ _FINITE = (lambda v: abs(v) <= _LARGEST, f"a finite number, at most {_LARGEST:g}
 _POSITIVE = (lambda v: 0 < v <= _LARGEST, f"a number > 0, at most {_LARGEST:g}")
 _NOT_NEGATIVE = (lambda v: 0 <= v <= _LARGEST, f"a number >= 0, at most {_LARGEST:g}")
 _FRACTION = (lambda v: 0 <= v < 1, "in [0, 1)")
+_SEED = (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1")
 _RULES: dict[str, tuple[Any, str]] = {
-    "seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
+    "seed": _SEED,
     "data.channels": (lambda v: v in (1, 3), "1 or 3"),
     "data.image_size": (
         lambda v: len(v) in (0, 2) and _sizes(v),
@@ -199,7 +200,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     ),
     "comparison.steps": (_counts, f"a tuple of whole numbers > 0, at most {_MOST_COUNTED}"),
     "comparison.num_samples": _whole(10),
-    "comparison.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
+    "comparison.seed": _SEED,
     "sampling.dynamic_threshold": (lambda v: 0 <= v <= 1, "0 or a quantile in (0, 1]"),
     "sampling.label": _whole(-1),
     "sampling.guidance_scale": _FINITE,
@@ -210,10 +211,10 @@ _RULES: dict[str, tuple[Any, str]] = {
     "sampling.low_resolution_noise": _FRACTION,
     "sampling.num_samples": _whole(1),
     "sampling.batch_size": _whole(1, _MOST_IN_BATCH),
-    "sampling.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
+    "sampling.seed": _SEED,
     "codec.nu": _whole(3, 16),
     "codec.together": _whole(1, 2**16 - 1),
-    "codec.seed": (lambda v: 0 <= v < 2**32, "a whole number in 0..2^32 - 1"),
+    "codec.seed": _SEED,
     "editing.t": _whole(0),
     "editing.num_variations": _whole(1, _MOST_IN_BATCH),
     "editing.box": (_box, f"() or (top, left, height, width), whole numbers, at most {_WIDEST}"),

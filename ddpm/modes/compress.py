@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -179,12 +180,16 @@ def _batches(run: Run, pictures: Named) -> Iterator[tuple[list[Path], np.ndarray
 
 def _check_new(folder: Path, names: list[Path], together: int) -> None:
     """Raises InputError where two pictures have one name, or a file to be written is there."""
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise InputError(f"--input: two pictures are named {min(twice)}: rename one")
+    if twice := repeated(names):
+        raise InputError(f"--input: two pictures are named {twice[0]}: rename one")
     there = [folder / CURVE, *(folder / f"{name}{SUFFIX}" for name in names)]
     there += sorted(folder.glob(f"together_*{SUFFIX}")) if together > 1 else []
     refuse_existing([file for file in there if file.exists()])
+
+
+def repeated(names: list[Path]) -> list[Path]:
+    """Returns the names that stand there more than once, sorted."""
+    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def refuse_existing(files: list[Path]) -> None:

@@ -14,7 +14,14 @@ from ddpm.errors import InputError
 from ddpm.files import pictures
 from ddpm.files.atomic import check_writable, write_atomically
 from ddpm.files.progress import doing
-from ddpm.modes.compress import SUFFIX, check_codes, denoiser_of, model_name, refuse_existing
+from ddpm.modes.compress import (
+    SUFFIX,
+    check_codes,
+    denoiser_of,
+    model_name,
+    refuse_existing,
+    repeated,
+)
 from ddpm.modes.inputs import by, existing
 from ddpm.modes.loading import Run, announce, load_run
 
@@ -45,9 +52,8 @@ def decompress(
     folder = Path(out).expanduser() if out else workdir / "decompressed"
     check_writable(folder)
     names = [name for _, name in files]
-    twice = {name for name in names if names.count(name) > 1 or f"{name}.png" == PROGRESSIVE}
-    if twice:
-        raise InputError(f"--input: {min(twice)}.png would be written twice: rename a file")
+    if twice := repeated([*names, Path(PROGRESSIVE).with_suffix("")]):
+        raise InputError(f"--input: {twice[0]}.png would be written twice: rename a file")
     made = [folder / f"{name}{end}.png" for name in names for end in ("", "_000")]
     refuse_existing([file for file in [*made, folder / PROGRESSIVE] if file.exists()])
     announce(run, workdir)

@@ -32,7 +32,7 @@ def round_trip(x_0, denoiser=DENOISER, schedule=SCHEDULE, times=TIMES, variance=
 
 
 def test_the_net_rate_is_the_bound():
-    """Of the exact denoiser with the variance matched to it."""
+    """The exact denoiser and the variance matched to it lose nothing."""
     x_0 = images()
     moments = ddpm.second_moments(SCHEDULE, DENOISER, to_float(images(seed=1)), jax.random.key(0))
     variance = ddpm.variances.wide_decoder(ddpm.analytic(moments))

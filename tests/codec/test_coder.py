@@ -32,7 +32,7 @@ def vectors(eigenvalues, files=1):
 
 
 def overheads(encoded, eigenvalues):
-    """Of the rates at each point over what an ideal coder of the same diffusion takes for the same
+    """The excess of the rates at each point over an ideal coder's of the same diffusion at the same
     squared error."""
     curve = np.asarray(encoded.curve[1:])
     snr = np.geomspace(1e-5, 1e5, 20_000)

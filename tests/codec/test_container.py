@@ -169,7 +169,7 @@ def mutated(rng, data):
 
 
 def test_hostile_bytes_give_an_error_or_images(valid):
-    """What decodes at all is tried where its layout is compiled already, and in few other ones."""
+    """A header that is read is decoded where its layout is compiled, and a few others."""
     rng = np.random.default_rng(0)
     decoded = other = refused = 0
     for i in range(10_000):

@@ -110,7 +110,7 @@ def test_weights_are_the_discretised_gaussian():
 
 
 def test_bytes_of_earlier_versions_are_read():
-    """With parities, of a mean that needs them."""
+    """The file has parities, as its mean needs them."""
     mean = (np.arange(200) * 7919 % 1000 / 500 - 1).astype(np.float32)
     level = np.rint((mean + 1) * 127.5).astype(int)
     x_0 = np.clip(level + np.arange(200) ** 2 % 5 - 2, 0, 255).astype(np.uint8)

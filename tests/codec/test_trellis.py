@@ -98,8 +98,8 @@ def test_the_oldest_and_the_newest_bit_flip_the_sign():
 
 
 def test_short_packets_are_like_a_draw_too():
-    """With 32 bits, of which the search knows less where the trellis begins, and 1.05 for the KL;
-    with a state of nearly as many bits it is worse, but no more than by a fifth."""
+    """The search knows less where a trellis of 32 bits begins, here 1.05 for each of the KL; with a
+    state of nearly as many bits it is worse, but no more than by a fifth."""
     for nu, most in ((7, 1.06), (12, 1.2)):
         aim = target(2 ** (-1 / 1.05), 64, batch=32)
         z = trellis.decode(KEY, trellis.encode(KEY, aim, 32, nu), 64, nu)
